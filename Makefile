@@ -1,0 +1,67 @@
+# Every target installs what it needs into $(VENV) first, once; `make help` lists the targets and the settings.
+
+VENV ?= .venv
+JOBS ?= 2
+ARGS ?=
+
+# Where pip takes torch from; empty is pip's own configuration. PyTorch's index of CPU wheels saves gigabytes of CUDA
+# packages where pip would take those.
+TORCH_INDEX ?=
+
+# $(call with,EXTRAS) is what a target depends on: those extras of pyproject.toml, installed.
+ifdef PYTHON
+PY   := $(PYTHON)
+with  = own-torch
+else
+PY   := $(VENV)/bin/python
+with  = $(addprefix $(VENV)/.with-,$(1))
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint typecheck bench clean own-torch
+.NOTPARALLEL:  # one pip at a time
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@echo
+	@echo "Settings:"
+	@echo "  PYTHON=...       use this interpreter as it is (it has its own torch, e.g. a CUDA build): nothing is installed"
+	@echo "  VENV=.venv       where the virtual environment goes"
+	@echo "  TORCH_INDEX=...  the index that torch comes from, e.g. that of PyTorch's CPU wheels (default: pip's own)"
+	@echo "  JOBS=2           test processes; 1 runs without pytest-xdist"
+	@echo "  ARGS=...         more arguments, e.g. make test ARGS='-k mm_fp4'"
+
+demo: $(call with,demo)  ## quantize a real model and show what changes
+	$(PY) -m torch_fp4ops demo $(ARGS)
+
+test: $(call with,test demo)  ## all tests that this machine can run
+	$(PY) -m pytest $(if $(filter-out 1,$(JOBS)),-n $(JOBS)) $(ARGS)
+
+lint: $(call with,dev)  ## style and format, nothing is changed
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+
+typecheck: $(call with,dev)  ## mypy
+	$(PY) -m mypy
+
+bench: $(call with,bench)  ## benchmarks; needs a GPU to mean anything
+	$(PY) -m torch_fp4ops bench $(ARGS)
+
+clean:  ## remove the virtual environment, caches and builds
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch goes in first and alone: see constraints.txt.
+PIP_INSTALL = $(PY) -m pip install -qq --disable-pip-version-check -c constraints.txt
+
+$(VENV)/.torch: constraints.txt
+	python3 -m venv $(VENV)
+	$(PIP_INSTALL) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	touch $@
+
+$(VENV)/.with-%: $(VENV)/.torch pyproject.toml
+	$(PIP_INSTALL) -e '.[$*]'
+	touch $@
+
+own-torch:
+	@$(PY) -c 'import torch' || { echo "PYTHON=$(PYTHON) must have torch; leave PYTHON out to have a CPU build installed"; exit 1; }

@@ -1,0 +1,83 @@
+"""mm_fp4: FP4 x FP4 matrix product."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ... import scale_layouts
+from ...block_quantization import dequantize_blocks
+from ...contracts import Call, Out
+from ...formats import MXFP4, NVFP4
+from ...registry import op
+from .. import _matmul, _scales
+
+
+def _contract(call: Call) -> Out:
+    fmt = NVFP4 if call.use_nvfp4 else MXFP4
+    given = f"{call.block_size} with use_nvfp4={call.use_nvfp4}"
+    call.require(call.block_size == fmt.block_size, "block_size", given, "16 for NVFP4, 32 for MXFP4")
+    call.require_dtype("a", (torch.uint8,))
+    call.require_dtype("b", (torch.uint8,))
+    call.require_rank("a", 2)
+    _matmul.require_column_major(call, "b")
+    (m, k), n = call.a.shape, call.b.shape[1]
+    call.require(call.b.shape[0] == k, "b", call.b.shape, f"({k}, n): the packed K of a")
+    _scales.require_blocks(call, "a", k * 2, fmt)
+    blocks = k * 2 // fmt.block_size
+    _scales.require_scales(call, "a_descale", m, blocks, a_layout(call.use_8x4_sf_layout))
+    _scales.require_transposed_scales(call, "b_descale", n, blocks)
+    _matmul.require_alpha(call, m)
+    _scales.require_out_dtype(call)
+    return Out((m, n), call.out_dtype)
+
+
+def a_layout(use_8x4_sf_layout: bool) -> str:
+    return scale_layouts.SWIZZLED_8X4 if use_8x4_sf_layout else scale_layouts.SWIZZLED_128X4
+
+
+@op(contract=_contract, byte_arguments=("a", "b", "a_descale", "b_descale"))
+def mm_fp4(
+    a: Tensor,
+    b: Tensor,
+    a_descale: Tensor,
+    b_descale: Tensor,
+    alpha: Tensor | None = None,
+    out_dtype: torch.dtype = torch.bfloat16,
+    *,
+    block_size: int = 16,
+    use_8x4_sf_layout: bool = False,
+    use_nvfp4: bool = True,
+    backend: str = "auto",
+) -> Tensor:
+    """``dequantize(a) @ dequantize(b) * alpha`` of NVFP4 (``block_size=16``) or MXFP4 (32, ``use_nvfp4=False``).
+
+    Products are exact and accumulated in fp32; ``alpha`` multiplies the fp32 sum, which is rounded once.
+
+    Args:
+        a: uint8 ``(m, k/2)``, packed along k; any strides. ``m`` may be 0, ``k`` a multiple of the block size.
+        b: uint8 ``(k/2, n)``, column-major: the ``.T`` view of packed weights ``(n, k/2)``.
+        a_descale: uint8 block scales of a, 128x4 swizzled (8x4 with ``use_8x4_sf_layout``): contiguous, padded
+            2-D as :func:`fp4_quantize` gives them, or flat.
+        b_descale: uint8 block scales of b, 128x4 swizzled: the ``.T`` view of the padded 2-D tensor, or flat.
+        alpha: float32, one element or one for each row of a: ``1 / (global_scale_a * global_scale_b)`` for NVFP4.
+        out_dtype: bfloat16, float16 or float32.
+        block_size, use_nvfp4: 16, True for NVFP4; 32, False for MXFP4.
+        use_8x4_sf_layout: ``a_descale`` is 8x4 swizzled.
+        backend: ``"auto"`` or a backend's name.
+
+    Returns:
+        ``(m, n)`` of ``out_dtype``.
+
+    Raises:
+        ValueError: a wrong dtype, shape, stride, K, block size, scale size or alpha.
+
+    Source: FlashInfer ``mm_fp4`` without ``out`` and ``enable_pdl``; what follows ``out`` there is keyword-only.
+    """
+    fmt = NVFP4 if use_nvfp4 else MXFP4
+    weight = b.T
+    blocks = a.shape[1] * 2 // fmt.block_size
+    a_scales = scale_layouts.unswizzle(a_descale, a.shape[0], blocks, a_layout(use_8x4_sf_layout))
+    b_scales = _scales.unswizzle_transposed(b_descale, weight.shape[0], blocks)
+    a_values = dequantize_blocks(a, a_scales, fmt)
+    return _matmul.matmul(a_values, dequantize_blocks(weight, b_scales, fmt), alpha, out_dtype)

@@ -1,0 +1,71 @@
+"""mm_mxfp8: MXFP8 x MXFP8 matrix product."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ... import scale_layouts
+from ...block_quantization import dequantize_blocks
+from ...contracts import Call, Out
+from ...formats import MXFP8
+from ...registry import op
+from .. import _matmul, _scales
+from ..mm_fp4 import a_layout
+
+
+def _contract(call: Call) -> Out:
+    call.require_dtype("a", (torch.float8_e4m3fn,))
+    call.require_dtype("b", (torch.float8_e4m3fn,))
+    call.require_rank("a", 2)
+    _matmul.require_column_major(call, "b")
+    (m, k), n = call.a.shape, call.b.shape[1]
+    call.require(call.b.shape[0] == k, "b", call.b.shape, f"({k}, n): K of a")
+    _scales.require_blocks(call, "a", k, MXFP8)
+    # Two dimensions would mean linear scales to FlashInfer, which its kernels can't read.
+    call.require_rank("a_descale", 1)
+    call.require_rank("b_descale", 1)
+    blocks = k // MXFP8.block_size
+    _scales.require_scales(call, "a_descale", m, blocks, a_layout(call.use_8x4_sf_layout))
+    _scales.require_scales(call, "b_descale", n, blocks, scale_layouts.SWIZZLED_128X4)
+    _scales.require_out_dtype(call)
+    return Out((m, n), call.out_dtype)
+
+
+@op(contract=_contract, byte_arguments=("a_descale", "b_descale"))
+def mm_mxfp8(
+    a: Tensor,
+    b: Tensor,
+    a_descale: Tensor,
+    b_descale: Tensor,
+    *,
+    out_dtype: torch.dtype = torch.bfloat16,
+    use_8x4_sf_layout: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """``dequantize(a) @ dequantize(b)`` of MXFP8, accumulated in fp32 and rounded once.
+
+    Args:
+        a: float8_e4m3fn ``(m, k)``; any strides. ``m`` may be 0, ``k`` a multiple of 32.
+        b: float8_e4m3fn ``(k, n)``, column-major: the ``.T`` view of weights ``(n, k)``.
+        a_descale: flat uint8 UE8M0 scales of a, 128x4 swizzled (8x4 with ``use_8x4_sf_layout``), as
+            :func:`mxfp8_quantize` gives them.
+        b_descale: flat uint8 UE8M0 scales of the ``(n, k)`` weights, 128x4 swizzled.
+        out_dtype: bfloat16, float16 or float32.
+        use_8x4_sf_layout: ``a_descale`` is 8x4 swizzled.
+        backend: ``"auto"`` or a backend's name.
+
+    Returns:
+        ``(m, n)`` of ``out_dtype``.
+
+    Raises:
+        ValueError: a wrong dtype, shape, stride, K or scale size.
+
+    Source: FlashInfer ``mm_mxfp8`` without ``out``; what follows ``out`` there is keyword-only.
+    """
+    weight = b.T
+    blocks = a.shape[1] // MXFP8.block_size
+    a_scales = scale_layouts.unswizzle(a_descale, a.shape[0], blocks, a_layout(use_8x4_sf_layout))
+    b_scales = scale_layouts.unswizzle(b_descale, weight.shape[0], blocks, scale_layouts.SWIZZLED_128X4)
+    a_values = dequantize_blocks(a, a_scales, MXFP8)
+    return _matmul.matmul(a_values, dequantize_blocks(weight, b_scales, MXFP8), None, out_dtype)

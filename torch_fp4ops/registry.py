@@ -1,0 +1,329 @@
+"""One op, said once: from a typed function and its contract come the schema, the fake, the validation, the
+dispatch to backends and the error that backward raises."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C import DispatchKey
+from torch.utils._pytree import tree_leaves
+
+from .codecs import as_bytes
+from .contracts import Call, Out
+from .selection import Preference, choose
+
+__all__ = ["OPS", "Backend", "Op", "op"]
+
+OPS: dict[str, Op] = {}
+"""Every registered op by name."""
+
+_LIBRARY = torch.library.Library("fp4", "FRAGMENT")
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
+_MODULES_THAT_ARE_NO_BACKEND = {"samples"}
+
+Contract = Callable[[Call], "Out | tuple[Out, ...] | None"]
+Unsupported = Callable[[Call], "str | None"]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """An implementation of an op. ``unsupported`` says why it can't take a call (capability, never preference);
+    ``variants`` are further names under which ``backend=`` reaches it."""
+
+    name: str
+    run: Callable[..., Any]
+    unsupported: Unsupported
+    variants: tuple[str, ...] = ()
+
+
+class Op:
+    """An operator ``torch.ops.fp4.<name>``; calling it accepts torch's native FP4/FP8 dtypes for packed bytes."""
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        contract: Contract,
+        check_values: Callable[[Call], None] | None,
+        byte_arguments: Sequence[str],
+        mutates: Sequence[str],
+        preferences: Sequence[Preference],
+    ):
+        self.name = function.__name__
+        self.__doc__ = function.__doc__
+        self.__name__ = function.__name__
+        self.__module__ = function.__module__
+        self.__wrapped__ = function
+        self.signature = inspect.signature(function)
+        self.schema = torch.library.infer_schema(function, mutates_args=tuple(mutates))
+        self.contract = contract
+        self.preferences = tuple(preferences)
+        self._check_values = check_values
+        self._byte_arguments = frozenset(byte_arguments)
+        self._backends = {"reference": Backend("reference", function, lambda call: None)}
+        self._unimportable: dict[str, str] = {}
+        self._loaded = False
+
+        _LIBRARY.define(f"{self.name}{self.schema}", tags=_TAGS)
+        self.default = getattr(torch.ops.fp4, self.name).default
+        arguments = self.default._schema.arguments
+        self._names = tuple(a.name for a in arguments)
+        self._defaults = {n: p.default for n, p in self.signature.parameters.items() if p.default is not p.empty}
+        self._tensor_names = tuple(a.name for a in arguments if "Tensor" in str(a.type))
+        self._mutates = tuple(mutates)
+        _LIBRARY.impl(self.name, self._run, "CompositeExplicitAutograd")
+        _LIBRARY.impl(self.name, self._run_with_autograd, "Autograd", with_keyset=True)
+        torch.library.register_fake(f"fp4::{self.name}", self._fake, lib=_LIBRARY)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        args = tuple(self._to_bytes(name, a) for name, a in zip(self._names, args, strict=False))
+        kwargs = {name: self._to_bytes(name, a) for name, a in kwargs.items()}
+        return self.default(*args, **kwargs)
+
+    def __repr__(self) -> str:
+        return f"torch.ops.fp4.{self.name}{self.schema}"
+
+    def _to_bytes(self, name: str, argument: Any) -> Any:
+        if name not in self._byte_arguments:
+            return argument
+        if isinstance(argument, (list, tuple)):
+            return [as_bytes(a) for a in argument]
+        return as_bytes(argument) if isinstance(argument, Tensor) else argument
+
+    # One call
+
+    def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        arguments = self._defaults.copy()
+        arguments.update(zip(self._names, args, strict=False))
+        arguments.update(kwargs)
+        return Call(self.name, self._names[0], arguments)
+
+    def _validate(self, call: Call) -> Any:
+        arguments = call.__dict__
+        device = call.device
+        for name in self._tensor_names:
+            given = arguments[name]
+            for t in given if type(given) is list else (given,):
+                if t is not None and t.device != device:
+                    call.require(False, name, t.device, f"{device}, where {self._names[0]} is")
+        if call.backend != "auto":
+            self.find_backend(call.backend, "backend=")
+        return self.contract(call)
+
+    def check(self, *args: Any, **kwargs: Any) -> Call:
+        """Validate a call exactly as running it would, without running it."""
+        call = self._bind(args, kwargs)
+        self._validate(call)
+        if self._check_values is not None and call.device.type == "cpu":
+            self._check_values(call)
+        return call
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        call = self.check(*args, **kwargs)
+        decision = choose(self, call)
+        if decision.rejected and decision.backend == "reference":
+            _warn_reference(self.name, "; ".join(f"{n}: {why}" for n, why in decision.rejected.items()))
+        result = self._backends[decision.backend].run(*args, **kwargs)
+        for name in self._mutates:
+            t = getattr(call, name)
+            if not t.is_inference():  # those have no version counter
+                torch.autograd.graph.increment_version(t)
+        return result
+
+    def _fake(self, *args: Any, **kwargs: Any) -> Any:
+        call = self._bind(args, kwargs)
+        promised = self._validate(call)
+        if promised is None:
+            return None
+        if isinstance(promised, Out):
+            return torch.empty(promised.shape, dtype=promised.dtype, device=call.device)
+        return tuple(torch.empty(o.shape, dtype=o.dtype, device=call.device) for o in promised)
+
+    def _run_with_autograd(self, keyset: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled():
+            needing = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.requires_grad]
+            if needing:
+                self._require_a_floating_output(args, kwargs)
+                return _NoBackward.apply(self, keyset, args, kwargs, *needing)
+        return self._below_autograd(keyset, args, kwargs)
+
+    def _below_autograd(self, keyset: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        # A plain CPU or CUDA tensor outside of any tracing: nothing lies between autograd and the kernel, and
+        # a second trip through the dispatcher would cost 2 us.
+        raw = keyset.raw_repr()
+        direct = _straight_to_kernel.get(raw)
+        if direct is None:
+            below = (keyset & torch._C._after_autograd_keyset).highestPriorityTypeId()
+            direct = _straight_to_kernel[raw] = below in (DispatchKey.CPU, DispatchKey.CUDA)
+        if direct:
+            return self._run(*args, **kwargs)
+        with torch._C._AutoDispatchBelowAutograd():
+            return self.default.redispatch(keyset & torch._C._after_autograd_keyset, *args, **kwargs)
+
+    def _require_a_floating_output(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        promised = self._validate(self._bind(args, kwargs))
+        outputs = (promised,) if isinstance(promised, Out) else promised or ()
+        if not any(o.dtype.is_floating_point for o in outputs):
+            raise NotImplementedError(
+                f"torch.ops.fp4.{self.name} was given a tensor that requires grad, but its outputs are integer "
+                f"codes, which carry no gradient: it would be lost silently. {_INFERENCE_ONLY}"
+            )
+
+    # Backends
+
+    def backend(
+        self, name: str, *, unsupported: Unsupported, variants: Sequence[str] = ()
+    ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        """Register the decorated function as this op's backend ``name``.
+
+        Raises:
+            TypeError: its schema or defaults differ from the op's.
+            ValueError: the name is taken.
+        """
+
+        def register(function: Callable[..., Any]) -> Callable[..., Any]:
+            schema = torch.library.infer_schema(function, mutates_args=self._mutates)
+            if schema != self.schema:
+                raise TypeError(f"backend {name!r} of {self.name} has the schema {schema}; the op has {self.schema}")
+            taken = {n for b in self._backends.values() for n in (b.name, *b.variants)} | {"auto"}
+            for new in (name, *variants):
+                if new in taken:
+                    raise ValueError(f"{self.name} has a backend named {new!r} already")
+            self._backends[name] = Backend(name, function, unsupported, tuple(variants))
+            return function
+
+        return register
+
+    def _load_backends(self) -> None:
+        """Import the modules beside the op's spec: each registers one backend. Lazy, as they import Triton and such."""
+        if self._loaded:
+            return
+        self._loaded = True
+        package = sys.modules[self.__module__]
+        for module in pkgutil.iter_modules(getattr(package, "__path__", [])):
+            if module.name in _MODULES_THAT_ARE_NO_BACKEND or module.name.startswith("_"):
+                continue
+            try:
+                importlib.import_module(f"{package.__name__}.{module.name}")
+            except ImportError as error:
+                self._unimportable[module.name] = f"not importable: {error}"
+
+    def backend_names(self) -> list[str]:
+        """Every backend that this op has, the ones that can't be imported here included."""
+        self._load_backends()
+        return [*self._backends, *self._unimportable]
+
+    def find_backend(self, name: str, asked_by: str) -> Backend:
+        """The backend with that name or variant, "auto" excepted. Raises ValueError if there is none."""
+        backend = self._backends.get(name)
+        if backend is not None:
+            return backend
+        self._load_backends()
+        for backend in self._backends.values():
+            if name == backend.name or name in backend.variants:
+                return backend
+        if name in self._unimportable:
+            reason = self._unimportable[name]
+            return Backend(name, _never_runs, lambda call: reason)
+        names = ["auto", *(n for b in self._backends.values() for n in (b.name, *b.variants))]
+        raise ValueError(
+            f"torch.ops.fp4.{self.name}: backend is {name!r} ({asked_by}); "
+            f"allowed: {', '.join(map(repr, [*names, *self._unimportable]))}"
+        )
+
+    def why_not(self, name: str, call: Call) -> str | None:
+        """Why the backend can't take the call; None if it can."""
+        return self.find_backend(name, "auto").unsupported(call)
+
+    def run_backend(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        """Run one backend past selection, with the op's validation: for tests and benchmarks."""
+        self.check(*args, **kwargs)
+        return self.find_backend(name, "run_backend").run(*args, **kwargs)
+
+    def preferences_on(self, device_type: str) -> tuple[Preference, ...]:
+        return tuple(row for row in self.preferences if row.device_type == device_type)
+
+
+def op(
+    *,
+    contract: Contract,
+    check_values: Callable[[Call], None] | None = None,
+    byte_arguments: Sequence[str] = (),
+    mutates: Sequence[str] = (),
+    preferences: Sequence[Preference] = (),
+) -> Callable[[Callable[..., Any]], Op]:
+    """Register the decorated function, the op's reference, as ``torch.ops.fp4.<its name>``.
+
+    Args:
+        contract: checks a :class:`Call` and returns the outputs it promises; sees shapes, dtypes, strides and
+            devices, real or symbolic, never data.
+        check_values: checks that read data; run where that costs no synchronisation, on CPU tensors.
+        byte_arguments: arguments whose native FP4/FP8 dtypes the Python function views as uint8.
+        mutates: arguments written in place; the function then returns None.
+        preferences: what ``backend="auto"`` tries, in order; the reference is always last.
+    """
+
+    def register(function: Callable[..., Any]) -> Op:
+        new = Op(function, contract, check_values, byte_arguments, mutates, preferences)
+        OPS[new.name] = new
+        return new
+
+    return register
+
+
+_straight_to_kernel: dict[int, bool] = {}
+_warned: set[str] = set()
+_INFERENCE_ONLY = "These ops are for inference: use torch.no_grad() or torch.inference_mode(), or detach() the input."
+
+
+def _warn_reference(op_name: str, reasons: str) -> None:
+    if op_name not in _warned:
+        _warned.add(op_name)
+        warnings.warn(
+            f"torch.ops.fp4.{op_name} runs its pure-PyTorch reference, which is slow. {reasons}", stacklevel=3
+        )
+
+
+def _never_runs(*args: Any, **kwargs: Any) -> Any:
+    raise AssertionError("this backend can't be imported, so it is never chosen")
+
+
+class _NoBackward(torch.autograd.Function):
+    """Gives the outputs a grad_fn that raises, so that backward never yields silent zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, op: Op, keyset: Any, args: Any, kwargs: Any, *needing: Tensor) -> Any:
+        ctx.op_name = op.name
+        ctx.inputs = [(t.shape, t.dtype, t.device) for t in needing]
+        return op._below_autograd(keyset, args, kwargs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        grad = next(g for g in grads if g is not None)
+        # An op of its own, so that tracing a joint graph succeeds and only running the backward raises.
+        unavailable = torch.ops.fp4.backward_unavailable.default
+        return (None,) * 4 + tuple(unavailable(grad, *meta, ctx.op_name) for meta in ctx.inputs)
+
+
+def _backward_unavailable(grad: Tensor, shape: Any, dtype: Any, device: Any, op_name: str) -> Tensor:
+    raise NotImplementedError(f"torch.ops.fp4.{op_name} has no backward. {_INFERENCE_ONLY}")
+
+
+_LIBRARY.define(
+    "backward_unavailable(Tensor grad, SymInt[] shape, ScalarType dtype, Device device, str op_name) -> Tensor",
+    tags=_TAGS,
+)
+_LIBRARY.impl("backward_unavailable", _backward_unavailable, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "fp4::backward_unavailable",
+    lambda grad, shape, dtype, device, op_name: torch.empty(shape, dtype=dtype, device=device),
+    lib=_LIBRARY,
+)

@@ -1,0 +1,163 @@
+"""Which backend runs a call: one pure function, used by dispatch, ``explain``, the CLI and the tests alike.
+
+Order: the call's own ``backend=``, then ``with set_backend(...)``, then the environment variable
+``TORCH_FP4OPS_BACKEND``, then the op's preference rows. A backend that was named and can't take the call raises
+with its reason; only ``"auto"`` falls through, and ends at the reference.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .contracts import Call
+    from .registry import Op
+
+__all__ = ["BackendUnavailable", "Decision", "Preference", "choose", "set_backend"]
+
+ENVIRONMENT_VARIABLE = "TORCH_FP4OPS_BACKEND"
+
+
+class BackendUnavailable(RuntimeError):
+    """A backend was named that can't take the call; the message has its reason."""
+
+
+@dataclass(frozen=True)
+class Preference:
+    """One row of an op's preferences: ``auto`` tries the rows of the call's device type in order."""
+
+    backend: str
+    device_type: str
+    because: str
+    """The measurement or the fact that the row rests on."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What was chosen, and why everything tried before it was not."""
+
+    backend: str
+    rejected: Mapping[str, str] = field(default_factory=dict)
+    decided_by: str = "auto"
+
+
+_REFERENCE = Decision("reference")
+
+
+def parse_overrides(text: str) -> dict[str, str]:
+    """``"mm_fp4=triton,*=flashinfer"`` as a dict; a lone name means every op.
+
+    Raises ValueError on an entry without a name on either side.
+    """
+    overrides = {}
+    for entry in filter(None, (part.strip() for part in text.split(","))):
+        op_name, separator, backend = (part.strip() for part in entry.rpartition("="))
+        if not backend or (separator and not op_name):
+            raise ValueError(f"{ENVIRONMENT_VARIABLE}: {entry!r} is not of the form op=backend or backend")
+        overrides[op_name or "*"] = backend
+    return overrides
+
+
+_environment: dict[str, str] = {}
+_context: ContextVar[Mapping[str, str] | None] = ContextVar("torch_fp4ops_backend", default=None)
+
+
+def read_environment(known_ops: Mapping[str, Op]) -> None:
+    """Read ``TORCH_FP4OPS_BACKEND`` (done once, when the package is imported); an op it doesn't know warns."""
+    _environment.clear()
+    _environment.update(parse_overrides(os.environ.get(ENVIRONMENT_VARIABLE, "")))
+    for name in _environment.keys() - known_ops.keys() - {"*"}:
+        warnings.warn(
+            f"{ENVIRONMENT_VARIABLE} names the op {name!r}; the ops are {', '.join(sorted(known_ops))}",
+            stacklevel=2,
+        )
+
+
+@contextlib.contextmanager
+def set_backend(backend: str | None = None, /, **per_op: str) -> Iterator[None]:
+    """Choose backends for the calls made inside: ``set_backend("triton")``, ``set_backend(mm_fp4="reference")``.
+
+    A name for all ops and names for single ops may be combined; inner contexts win over outer ones, and
+    ``"auto"`` takes an outer choice back. The choice is made when an op runs, so it also holds for compiled
+    models that run inside, but not for CUDA graphs that were captured before. Per thread and asyncio task.
+    """
+    from .registry import OPS
+
+    for name in per_op:
+        if name not in OPS:
+            raise ValueError(f"set_backend: there is no op {name!r}; the ops are {', '.join(sorted(OPS))}")
+    outer = {} if backend is not None else dict(_context.get() or {})
+    token = _context.set({**outer, **({"*": backend} if backend is not None else {}), **per_op})
+    try:
+        yield
+    finally:
+        _context.reset(token)
+
+
+def _requested(op_name: str, call_backend: str) -> tuple[str, str]:
+    """The backend asked for and who asked."""
+    if call_backend != "auto":
+        return call_backend, "backend="
+    for overrides, who in ((_context.get(), "set_backend"), (_environment, ENVIRONMENT_VARIABLE)):
+        if overrides:
+            name = overrides.get(op_name, overrides.get("*"))
+            if name is not None:
+                return name, who
+    return "auto", "auto"
+
+
+def choose(op: Op, call: Call) -> Decision:
+    """Choose the backend of ``op`` that runs ``call``. Looks at shapes, dtypes and devices, never at data.
+
+    Raises:
+        ValueError: the requested backend is none of this op's.
+        BackendUnavailable: the requested backend can't take this call.
+    """
+    name, who = _requested(op.name, call.backend)
+    if name != "auto":
+        backend = op.find_backend(name, who)
+        reason = backend.unsupported(call)
+        if reason is not None:
+            raise BackendUnavailable(
+                f"torch.ops.fp4.{op.name}: backend {name!r}, asked for by {who}, can't take this call: {reason}"
+            )
+        return Decision(backend.name, {}, who)
+    rows = op.preferences_on(call.device.type)
+    if not rows:
+        return _REFERENCE
+    rejected: dict[str, str] = {}
+    for row in rows:
+        reason = op.why_not(row.backend, call)
+        if reason is None:
+            return Decision(row.backend, rejected)
+        rejected[row.backend] = reason
+    return Decision("reference", rejected)
+
+
+def explain(op: Op, *args: Any, **kwargs: Any) -> str:
+    """A few lines of text: which backend the op would take for these arguments, and why not each other one.
+
+    The arguments are the op's own; they are checked as the op would check them, and nothing is launched.
+    """
+    call = op.check(*args, **kwargs)
+    try:
+        decision = choose(op, call)
+        chosen = decision.backend
+        lines = [f"{op.name} on {call.device}: {chosen} (decided by {decision.decided_by})"]
+    except (BackendUnavailable, ValueError) as error:
+        chosen = ""
+        lines = [f"{op.name} on {call.device}: none. {error}"]
+    for name in op.backend_names():
+        if name == chosen:
+            continue
+        reason = op.why_not(name, call)
+        lines.append(f"  {name}: {'can take it, not preferred here' if reason is None else reason}")
+    for row in op.preferences_on(call.device.type):
+        lines.append(f"  preference: {row.backend}, because {row.because}")
+    return "\n".join(lines)
