@@ -50,7 +50,7 @@ def quantize_nvfp4(x: Tensor, encode_scale: Tensor, decode_scale: Tensor) -> tup
     Source: FlashInfer ``quantization_utils.cuh::cvt_warp_fp16_to_fp4``, with IEEE division in place of
     ``rcp.approx.ftz`` and, unlike there, zeros where the block scale underflows.
     """
-    blocks = x.float().unflatten(-1, (x.shape[-1] // NVFP4.block_size, NVFP4.block_size))
+    blocks = x.float().contiguous().unflatten(-1, (x.shape[-1] // NVFP4.block_size, NVFP4.block_size))
     amax = blocks.abs().amax(-1)
     scales = encode_e4m3(encode_scale * (amax * _reciprocal(6.0)))
     step = decode_e4m3(scales)
@@ -75,7 +75,7 @@ def quantize_mx(x: Tensor, fmt: BlockFormat, scale_rule: str = "up") -> tuple[Te
     """
     if scale_rule not in ("up", "floor"):
         raise ValueError(f"quantize_mx: scale_rule is {scale_rule!r}, allowed are 'up' and 'floor'")
-    blocks = x.float().unflatten(-1, (x.shape[-1] // fmt.block_size, fmt.block_size))
+    blocks = x.float().contiguous().unflatten(-1, (x.shape[-1] // fmt.block_size, fmt.block_size))
     amax = blocks.abs().amax(-1)
     if scale_rule == "up":
         scales = encode_ue8m0(amax * _reciprocal(fmt.element_max))
@@ -100,7 +100,7 @@ def dequantize_blocks(elements: Tensor, scales: Tensor, fmt: BlockFormat, decode
 
     ``element * block scale`` is exact in fp32 for every pair of codes short of overflow.
     """
-    values = decode_e2m1(unpack_e2m1(elements)) if fmt.element == "e2m1" else decode_e4m3(elements)
+    values = decode_e2m1(unpack_e2m1(elements)) if fmt.element == "e2m1" else decode_e4m3(elements.contiguous())
     steps = decode_e4m3(scales) if fmt.scale == "e4m3" else decode_ue8m0(scales)
     blocks = values.unflatten(-1, (values.shape[-1] // fmt.block_size, fmt.block_size)) * steps.unsqueeze(-1)
     out = blocks.flatten(-2)

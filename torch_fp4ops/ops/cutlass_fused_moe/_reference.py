@@ -88,8 +88,7 @@ def fused_moe(
         selected = expert_ids == first_expert + expert
         weight = torch.where(selected, final_scales, 0.0).sum(1, keepdim=True)
         hit = selected.any(1)
-        # How many rows an expert has is data: a CPU may look, on a GPU looking would synchronise.
-        rows = hit.nonzero().squeeze(1) if x.device.type == "cpu" else None
+        rows = hit.nonzero().squeeze(1) if _may_look_at_data(x) else None
         part = x if rows is None else x[rows]
         part = part if input_sf is not None else fc1.quantize(part, expert)
         hidden = fc1(part, expert, fc1_bias)
@@ -102,3 +101,8 @@ def fused_moe(
         else:
             out.index_add_(0, rows, y * weight[rows])
     return out.to(output_dtype)
+
+
+def _may_look_at_data(x: Tensor) -> bool:
+    """How many rows an expert has is data: a CPU may look, on a GPU looking would synchronise."""
+    return x.device.type == "cpu"

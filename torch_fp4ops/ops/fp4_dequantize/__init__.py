@@ -79,4 +79,4 @@ def fp4_dequantize(
     if global_scale is not None:
         _, decode = _scales.encode_decode(global_scale, is_global_scale_inversed)
     values = dequantize_blocks(rows, linear, fmt, decode)
-    return values.to(out_dtype).reshape(*input.shape[:-1], -1)
+    return values.to(out_dtype).reshape(*input.shape[:-1], values.shape[-1])

@@ -94,4 +94,4 @@ def fp4_quantize(
             rows = (rows.float() * (6.0 * decode)).half()
         packed, scales = quantize_nvfp4(rows, encode, decode)
     layout = scale_layouts.layout_from_flags(is_sf_swizzled_layout, is_sf_8x4_layout)
-    return packed.reshape(*input.shape[:-1], -1), scale_layouts.swizzle(scales, layout)
+    return packed.reshape(*input.shape[:-1], packed.shape[-1]), scale_layouts.swizzle(scales, layout)

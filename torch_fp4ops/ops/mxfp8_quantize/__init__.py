@@ -67,4 +67,4 @@ def mxfp8_quantize(
     k = input.shape[-1]
     rows = F.pad(input.flatten(0, -2), (0, scale_layouts.round_up(k, alignment) - k))
     elements, scales = quantize_mx(rows, MXFP8)
-    return elements.reshape(*input.shape[:-1], -1), scale_layouts.swizzle(scales, layout).flatten()
+    return elements.reshape(*input.shape[:-1], elements.shape[-1]), scale_layouts.swizzle(scales, layout).flatten()

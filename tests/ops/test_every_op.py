@@ -1,0 +1,138 @@
+"""What holds for every op, every backend and every sample."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from torch_fp4ops import OPS
+from torch_fp4ops.registry import Op
+from torch_fp4ops.testing import Sample, assert_right, assert_same_bytes, samples
+
+CASES = [pytest.param(name, i, id=f"{name}-{s}") for name in OPS for i, s in enumerate(samples(OPS[name]))]
+
+
+@functools.cache
+def cached_samples(name: str) -> list[Sample]:
+    return samples(OPS[name])
+
+
+def tensors(tree: object) -> list[Tensor]:
+    return [t for t in tree_leaves(tree) if isinstance(t, Tensor)]
+
+
+def is_fp8(t: Tensor) -> bool:
+    return t.dtype == torch.float8_e4m3fn
+
+
+@pytest.mark.parametrize(("name", "i"), CASES)
+def test_opcheck(name, i):
+    sample = cached_samples(name)[i]
+    checks = ["test_autograd_registration", "test_faketensor"]
+    # opcheck's schema test multiplies its inputs and outputs, which float8 can't.
+    if not any(map(is_fp8, tensors((sample.args, sample.kwargs)))):
+        checks.append("test_schema")
+    # Its comparison takes NaN for a difference.
+    out = OPS[name](*sample.clone().args, **sample.kwargs)
+    if not any(t.float().isnan().any() for t in tensors(out)):
+        checks.append("test_aot_dispatch_dynamic")
+    torch.library.opcheck(OPS[name].default, sample.args, sample.kwargs, test_utils=tuple(checks))
+
+
+@pytest.mark.parametrize(("name", "i"), CASES)
+def test_outputs_are_fresh_contiguous_and_as_promised(name, i):
+    op, sample = OPS[name], cached_samples(name)[i].clone()
+    before = sample.clone()
+    out = tensors(op.default(*sample.args, **sample.kwargs))
+    with FakeTensorMode() as mode:
+        fake = tree_map_only(Tensor, mode.from_tensor, (sample.args, sample.kwargs))
+        promised = tensors(op.default(*fake[0], **fake[1]))
+    assert len(out) == len(promised)
+    storages = {t.untyped_storage().data_ptr() for t in tensors((sample.args, sample.kwargs)) if t.numel()}
+    for real, said in zip(out, promised, strict=True):
+        assert (real.shape, real.dtype, real.stride()) == (said.shape, said.dtype, said.stride())
+        assert real.is_contiguous()
+        assert real.untyped_storage().data_ptr() not in storages
+        assert real.numel() == 0 or real.untyped_storage().nbytes() == real.nbytes
+    written = [a.name for a in op.default._schema.arguments if a.is_write]
+    for argument, old, new in zip(op.default._schema.arguments, before.args, sample.args, strict=False):
+        for o, n in zip(tensors(old), tensors(new), strict=True):
+            if argument.name not in written:
+                assert_same_bytes(n, o, argument.name)
+
+
+@pytest.mark.parametrize(("name", "i"), CASES)
+def test_every_backend_that_can_take_the_sample_is_right(name, i):
+    _check_backends(OPS[name], cached_samples(name)[i])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("name", "i"), CASES)
+def test_every_backend_that_can_take_the_sample_is_right_on_the_gpu(name, i):
+    _check_backends(OPS[name], cached_samples(name)[i].map_tensors(lambda t: t.cuda()))
+
+
+def _check_backends(op: Op, sample: Sample) -> None:
+    call = op.check(*sample.args, **sample.kwargs)
+    able = [b for b in op.backend_names() if op.why_not(b, call) is None]
+    assert "reference" in able
+    for backend in able:
+        assert_right(op, sample, backend)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_docstring_is_complete(name):
+    op = OPS[name]
+    for section in ("Args:", "Raises:", "Source:"):
+        assert section in op.__doc__
+    for argument in op.signature.parameters:
+        assert argument in op.__doc__, f"{argument} is not documented"
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_unknown_backend_is_refused(name):
+    sample = cached_samples(name)[-1]
+    with pytest.raises(ValueError, match=rf"torch.ops.fp4.{name}: backend is 'fast'.*allowed: 'auto', 'reference'"):
+        OPS[name].default(*sample.args, **sample.kwargs, backend="fast")
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_mixed_devices_are_refused(name):
+    sample = cached_samples(name)[-1]
+    op = OPS[name]
+    for position, (argument, given) in enumerate(zip(op.default._schema.arguments, sample.args, strict=False)):
+        if position == 0 or not tensors(given):
+            continue
+        moved = tree_map_only(Tensor, lambda t: t.to("meta"), given)
+        args = (*sample.args[:position], moved, *sample.args[position + 1 :])
+        with pytest.raises(ValueError, match=rf"fp4.{name}: {argument.name} is meta; allowed: cpu, where"):
+            op.default(*args, **sample.kwargs)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_autograd_raises_instead_of_zero_gradients(name):
+    """A floating-point input that requires grad: an error at once from ops with integer outputs, else in backward."""
+    op = OPS[name]
+    if any(a.is_write for a in op.default._schema.arguments):
+        pytest.skip("writes into integer caches: nothing could be differentiated")
+    sample = next(s for s in cached_samples(name) if tensors(s.args)[0].numel())
+    leaves = []
+
+    def require_grad(t: Tensor) -> Tensor:
+        if not t.dtype.is_floating_point or is_fp8(t):
+            return t
+        leaves.append(t.clone().requires_grad_())
+        return leaves[-1]
+
+    sample = sample.map_tensors(require_grad)
+    if not leaves:
+        pytest.skip("no input can require grad")
+    with pytest.raises(NotImplementedError, match=f"torch.ops.fp4.{name} .*no_grad"):
+        outputs = tensors(op.default(*sample.args, **sample.kwargs))
+        sum(t.float().sum() for t in outputs if t.requires_grad).backward()
+    assert all(t.grad is None for t in leaves)

@@ -1,0 +1,217 @@
+"""The mechanism on an op made for the purpose: schema, fake, validation, backends, autograd."""
+
+from __future__ import annotations
+
+import pickle
+import sys
+import types
+
+import pytest
+import torch
+from torch import Tensor
+
+from torch_fp4ops.contracts import Call, Out
+from torch_fp4ops.registry import OPS, op
+from torch_fp4ops.selection import BackendUnavailable, Preference
+
+
+def _contract(call: Call) -> Out:
+    call.require_dtype("x", (torch.float32, torch.uint8))
+    call.require_rank("x", 2)
+    call.require(call.x.shape[1] % 2 == 0, "x", call.x.shape, "an even number of columns")
+    if call.y is not None:
+        call.require_shape("y", call.x.shape)
+        call.require_contiguous("y")
+    call.require(call.times >= 0, "times", call.times, "0 or more")
+    return Out(call.x.shape, torch.uint8 if call.to_integer else torch.float32)
+
+
+def _check_values(call: Call) -> None:
+    if call.y is not None:
+        call.require_positive("y")
+
+
+@op(
+    contract=_contract,
+    check_values=_check_values,
+    byte_arguments=("x",),
+    preferences=[Preference("late", "cpu", "a row for the test")],
+)
+def _test_scale(
+    x: Tensor, y: Tensor | None = None, times: int = 2, *, to_integer: bool = False, backend: str = "auto"
+) -> Tensor:
+    """Scale."""
+    out = x.float() * times
+    return out.to(torch.uint8) if to_integer else out
+
+
+@op(contract=lambda call: None, mutates=("x",))
+def _test_write(x: Tensor, value: Tensor, *, backend: str = "auto") -> None:
+    """Write."""
+    x.copy_(value)
+
+
+scale, write = OPS.pop("_test_scale"), OPS.pop("_test_write")
+
+
+@scale.backend("late", unsupported=lambda call: "takes fewer than 100 rows" if call.x.shape[0] >= 100 else None)
+def _late(
+    x: Tensor, y: Tensor | None = None, times: int = 2, *, to_integer: bool = False, backend: str = "auto"
+) -> Tensor:
+    return scale.__wrapped__(x, y, times, to_integer=to_integer) + (0 if to_integer else 1000)
+
+
+x = torch.ones(3, 4)
+
+
+def test_schema_comes_from_the_signature():
+    text = str(torch.ops.fp4._test_scale.default._schema)
+    assert text.startswith("fp4::_test_scale(Tensor x, Tensor? y=None, SymInt times=2, *, bool to_integer=False")
+    assert "Tensor(a0!) x" in str(torch.ops.fp4._test_write.default._schema)
+
+
+def test_auto_follows_the_preference_rows_then_the_reference(recwarn):
+    assert scale(x)[0, 0] == 1002
+    with pytest.warns(UserWarning, match="_test_scale runs its pure-PyTorch reference.*fewer than 100 rows"):
+        assert scale(torch.ones(100, 2))[0, 0] == 2
+    recwarn.clear()
+    scale(torch.ones(101, 2))
+    assert not recwarn.list  # one warning an op
+
+
+def test_a_named_backend_raises_instead_of_falling_through():
+    assert torch.ops.fp4._test_scale(x, backend="reference")[0, 0] == 2
+    with pytest.raises(BackendUnavailable, match=r"_test_scale: backend 'late', asked for by backend=.*fewer than 100"):
+        scale(torch.ones(100, 2), backend="late")
+    with pytest.raises(ValueError, match=r"_test_scale: backend is 'nope'.*'auto', 'reference', 'late'"):
+        scale(x, backend="nope")
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ((x.double(),), r"_test_scale: x is torch.float64; allowed: torch.float32 or torch.uint8"),
+        ((torch.ones(4),), r"_test_scale: x is of shape \(4,\); allowed: 2 dimensions"),
+        ((torch.ones(4, 3),), r"x is of shape \(4, 3\); allowed: an even number of columns"),
+        ((x, torch.ones(3, 2)), r"y is of shape \(3, 2\); allowed: shape \(3, 4\)"),
+        ((x, torch.ones(3)), r"y is of shape \(3,\); allowed: shape \(3, 4\)"),
+        ((x, torch.ones(4, 3).T), r"y is of strides \(1, 3\); allowed: contiguous"),
+        ((x, torch.zeros(3, 4)), r"y is \[\[0.0, .*allowed: finite values above zero"),
+        ((x, x.to("meta")), r"y is meta; allowed: cpu, where x is"),
+        ((x, None, -1), r"times is -1; allowed: 0 or more"),
+    ],
+)
+def test_rejections_name_op_argument_given_and_allowed(args, message):
+    with pytest.raises(ValueError, match=message):
+        torch.ops.fp4._test_scale(*args)
+
+
+def test_nothing_runs_before_validation():
+    target = torch.zeros(2, 2)
+    with pytest.raises(ValueError, match="backend is 'nope'"):
+        write(target, torch.ones(2, 2), backend="nope")
+    assert (target == 0).all()
+
+
+def test_fake_and_meta_come_from_the_contract():
+    out = torch.ops.fp4._test_scale(x.to("meta"))
+    assert (out.shape, out.dtype, out.device.type) == ((3, 4), torch.float32, "meta")
+    with pytest.raises(ValueError, match="even number of columns"):
+        torch.ops.fp4._test_scale(torch.ones(4, 3, device="meta"))
+
+
+def test_opcheck():
+    torch.library.opcheck(scale.default, (x,))
+    torch.library.opcheck(write.default, (x.clone(), x))
+
+
+def test_python_call_views_native_bytes():
+    data = torch.arange(8, dtype=torch.uint8).reshape(2, 4)
+    viewed = scale(data.view(torch.float8_e4m3fn), backend="reference")
+    assert torch.equal(viewed, scale(data, backend="reference"))
+    with pytest.raises(ValueError, match="float8_e4m3fn"):
+        torch.ops.fp4._test_scale(data.view(torch.float8_e4m3fn))
+
+
+def test_backend_with_another_schema_or_a_taken_name_is_refused():
+    def shorter(x: Tensor, *, backend: str = "auto") -> Tensor:
+        return x
+
+    with pytest.raises(TypeError, match=r"backend 'short' of _test_scale has the schema .*; the op has"):
+        scale.backend("short", unsupported=lambda call: None)(shorter)
+    for name in ("late", "auto", "reference"):
+        with pytest.raises(ValueError, match=f"has a backend named '{name}'"):
+            scale.backend(name, unsupported=lambda call: None)(_late)
+
+
+def test_variants_reach_their_backend():
+    scale.backend("many", unsupported=lambda call: None, variants=("one", "two"))(_late)
+    try:
+        assert scale.find_backend("two", "test").name == "many"
+        assert scale(torch.ones(2, 2), backend="one")[0, 0] == 1002
+    finally:
+        del scale._backends["many"]
+
+
+def test_a_backend_that_cannot_be_imported_is_a_reason(tmp_path, monkeypatch):
+    (tmp_path / "broken.py").write_text("import a_package_that_does_not_exist\n")
+    package = types.ModuleType("op_folder_for_test")
+    package.__path__ = [str(tmp_path)]
+    monkeypatch.setitem(sys.modules, "op_folder_for_test", package)
+    monkeypatch.setattr(scale, "__module__", "op_folder_for_test")
+    monkeypatch.setattr(scale, "_loaded", False)
+    monkeypatch.setattr(scale, "_unimportable", {})
+    with pytest.raises(BackendUnavailable, match="broken.*not importable.*a_package_that_does_not_exist"):
+        scale(x, backend="broken")
+    assert "broken" in scale.backend_names()
+
+
+class TestAutograd:
+    def test_backward_raises_and_forward_does_not(self):
+        leaf = torch.ones(3, 4, requires_grad=True)
+        out = scale(leaf, backend="reference")
+        assert out.requires_grad and out[0, 0] == 2
+        with pytest.raises(NotImplementedError, match="_test_scale has no backward.*no_grad"):
+            (out.sum() + leaf.sum()).backward()
+        assert leaf.grad is None
+
+    def test_integer_outputs_refuse_inputs_that_require_grad(self):
+        leaf = torch.ones(3, 4, requires_grad=True)
+        with pytest.raises(NotImplementedError, match="_test_scale.*integer codes.*no_grad"):
+            scale(leaf, to_integer=True)
+        with torch.no_grad():
+            assert scale(leaf, to_integer=True).dtype == torch.uint8
+
+    def test_compiled_forward_runs_and_backward_raises(self, fresh_dynamo):
+        leaf = torch.ones(3, 4, requires_grad=True)
+        compiled = torch.compile(lambda t: torch.ops.fp4._test_scale(t) * 2, fullgraph=True, backend="aot_eager")
+        out = compiled(leaf)
+        assert out[0, 0] == 2004
+        with pytest.raises(NotImplementedError, match="_test_scale has no backward"):
+            out.sum().backward()
+
+    @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+    def test_no_grad_fn_where_nothing_requires_grad(self, mode):
+        with mode():
+            assert scale(x, backend="reference").grad_fn is None
+
+    def test_writing_bumps_the_version_counter(self):
+        target = torch.zeros(3, 4)
+        before = target._version
+        write(target, x)
+        assert target._version > before and torch.equal(target, x)
+        with torch.inference_mode():
+            write(frozen := torch.zeros(3, 4), x)
+            assert torch.equal(frozen, x)
+
+
+def test_call_reports_an_unknown_argument():
+    call = scale.check(x)
+    with pytest.raises(AttributeError, match="_test_scale has no argument 'z'"):
+        _ = call.z
+
+
+def test_errors_pickle():
+    """Worker processes send exceptions home."""
+    error = pickle.loads(pickle.dumps(BackendUnavailable("why")))
+    assert str(error) == "why"

@@ -1,0 +1,87 @@
+"""The assertions that other tests rest on must be able to fail."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+
+from torch_fp4ops import OPS
+from torch_fp4ops.testing import assert_matmul_close, assert_right, assert_same_bytes, samples
+from torch_fp4ops.testing.strategies import matrices
+
+
+def test_same_bytes_sees_every_difference():
+    x = torch.arange(6.0).reshape(2, 3)
+    assert_same_bytes(x, x.clone())
+    nan = torch.tensor([float("nan")])
+    assert_same_bytes(nan, nan.clone())
+    for other, message in (
+        (x + torch.tensor([0, 0, 1e-6]), "bytes differ"),
+        (x.double(), "dtype"),
+        (x[:1], "shape"),
+        (x.T.contiguous().T, "strides"),
+    ):
+        with pytest.raises(AssertionError, match=message):
+            assert_same_bytes(other, x)
+    with pytest.raises(AssertionError, match="1 of 4 bytes differ"):
+        assert_same_bytes(torch.tensor([-0.0]), torch.tensor([0.0]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_matmul_bound_passes_right_results_and_fails_wrong_ones(dtype):
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randint(-6, 7, (n, 96), generator=generator).float() for n in (5, 7))
+    alpha = torch.rand(5, generator=generator)
+    right = ((a @ b.T) * alpha[:, None]).to(dtype)
+    assert_matmul_close(right, a, b, alpha)
+    error = max(4 * torch.finfo(dtype).eps, 2e-3)
+    with pytest.raises(AssertionError, match="where the bound is"):
+        assert_matmul_close(right * (1 + error), a, b, alpha)
+    wrong = right.clone()
+    wrong[2, 3] = float("nan")
+    with pytest.raises(AssertionError, match="NaN"):
+        assert_matmul_close(wrong, a, b, alpha)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_assert_right_fails_for_a_wrong_backend(name):
+    """A backend that is off by a bit, or writes nothing, must not pass."""
+    op = OPS[name]
+    sample = next(s for s in samples(op) if "17" in s.name or "prefill" in s.name)
+
+    def wrong(*args, **kwargs):
+        out = op.__wrapped__(*args, **kwargs)
+        if out is None:
+            args[3].view(torch.uint8)[0, 0] ^= 1
+            return None
+        first = (out if isinstance(out, torch.Tensor) else out[0]).clone()
+        flat = first.view(-1).view(torch.uint8)
+        flat[-1] ^= 0x40  # a high bit of the last element
+        return first if isinstance(out, torch.Tensor) else (first, *out[1:])
+
+    wrong.__annotations__ = op.__wrapped__.__annotations__
+    wrong.__signature__ = op.signature
+    op._backends["wrong"] = op._backends["reference"].__class__("wrong", wrong, lambda call: None)
+    try:
+        assert_right(op, sample, "reference")
+        with pytest.raises(AssertionError):
+            assert_right(op, sample, "wrong")
+    finally:
+        del op._backends["wrong"]
+
+
+@settings(max_examples=30)
+@given(matrices())
+def test_strategies_draw_whole_blocks_of_16_bit_and_32_bit_floats(x):
+    assert x.dim() == 2 and x.shape[1] % 16 == 0
+    assert x.dtype in (torch.bfloat16, torch.float16, torch.float32)
+
+
+def test_samples_are_the_same_every_time_and_do_not_share_memory():
+    first, second = (samples(OPS["mm_fp4"]) for _ in range(2))
+    for a, b in zip(first, second, strict=True):
+        for s, t in zip(a.args, b.args, strict=True):
+            if isinstance(s, torch.Tensor):
+                assert_same_bytes(s, t)
+                assert s.numel() == 0 or s.data_ptr() != t.data_ptr()

@@ -1,0 +1,56 @@
+"""Samples of mm_fp4."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ... import scale_layouts
+from ...block_quantization import dequantize_blocks
+from ...formats import MXFP4, NVFP4
+from ...testing.numerics import assert_matmul_close
+from ...testing.samples import values
+from ..fp4_quantize import fp4_quantize
+from . import a_layout
+
+
+def samples() -> Iterator[tuple[str, tuple[Any, ...], dict[str, Any]]]:
+    scale = torch.tensor([448.0 * 6 / 5])
+    mxfp4 = {"sf_vec_size": 32, "sf_use_ue8m0": True}
+    for m, n, k in ((0, 24, 64), (1, 8, 96), (17, 40, 160), (129, 136, 64)):
+        a, a_sf = fp4_quantize(values(m, m, k), scale)
+        b, b_sf = fp4_quantize(values(n, n, k), scale)
+        yield f"nvfp4-{m}x{n}x{k}", (a, b.T, a_sf, b_sf.T, 1 / (scale * scale)), {}
+        a, a_sf = fp4_quantize(values(m, m, k), None, **mxfp4)
+        b, b_sf = fp4_quantize(values(n, n, k), None, **mxfp4)
+        kwargs = {"block_size": 32, "use_nvfp4": False}
+        yield f"mxfp4-{m}x{n}x{k}", (a, b.T, a_sf, b_sf.T, None, torch.float16), kwargs
+    m, n, k = 9, 16, 64
+    a, a_sf = fp4_quantize(values(m, m, k), scale, is_sf_8x4_layout=True)
+    b, b_sf = fp4_quantize(values(n, n, k), scale)
+    alpha = 1 / (scale * scale)
+    yield "8x4-flat-fp32", (a, b.T, a_sf.flatten(), b_sf.flatten(), alpha, torch.float32), {"use_8x4_sf_layout": True}
+    a, a_sf = fp4_quantize(values(m, m, k), scale)
+    yield "alpha-per-row", (a, b.T, a_sf, b_sf.T, alpha * torch.arange(1, m + 1)), {}
+
+
+def assert_close(
+    out: Tensor,
+    a: Tensor,
+    b: Tensor,
+    a_descale: Tensor,
+    b_descale: Tensor,
+    alpha: Tensor | None = None,
+    *_: Any,
+    **kw: Any,
+) -> None:
+    """Within the bound of exact products and fp32 sums."""
+    fmt = NVFP4 if kw.get("use_nvfp4", True) else MXFP4
+    blocks = a.shape[1] * 2 // fmt.block_size
+    a_scales = scale_layouts.unswizzle(a_descale, a.shape[0], blocks, a_layout(kw.get("use_8x4_sf_layout", False)))
+    b_plain = b_descale if b_descale.dim() == 1 else b_descale.T
+    b_scales = scale_layouts.unswizzle(b_plain, b.shape[1], blocks, "128x4")
+    assert_matmul_close(out, dequantize_blocks(a, a_scales, fmt), dequantize_blocks(b.T, b_scales, fmt), alpha)

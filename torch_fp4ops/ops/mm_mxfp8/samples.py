@@ -1,0 +1,43 @@
+"""Samples of mm_mxfp8."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ... import scale_layouts
+from ...block_quantization import dequantize_blocks
+from ...formats import MXFP8
+from ...testing.numerics import assert_matmul_close
+from ...testing.samples import values
+from ..mm_fp4 import a_layout
+from ..mxfp8_quantize import mxfp8_quantize
+
+
+def samples() -> Iterator[tuple[str, tuple[Any, ...], dict[str, Any]]]:
+    for m, n, k in ((0, 24, 64), (1, 8, 96), (17, 40, 160), (129, 136, 64)):
+        a, a_sf = mxfp8_quantize(values(m, m, k))
+        b, b_sf = mxfp8_quantize(values(n, n, k))
+        yield f"{m}x{n}x{k}", (a, b.T, a_sf, b_sf), {}
+        a, a_sf = mxfp8_quantize(values(m, m, k), sf_swizzle_layout=1)
+        yield f"8x4-{m}x{n}x{k}", (a, b.T, a_sf, b_sf), {"use_8x4_sf_layout": True, "out_dtype": torch.float32}
+
+
+def assert_close(
+    out: Tensor,
+    a: Tensor,
+    b: Tensor,
+    a_descale: Tensor,
+    b_descale: Tensor,
+    *,
+    use_8x4_sf_layout: bool = False,
+    **_: Any,
+) -> None:
+    """Within the bound of exact products and fp32 sums."""
+    blocks = a.shape[1] // MXFP8.block_size
+    a_scales = scale_layouts.unswizzle(a_descale, a.shape[0], blocks, a_layout(use_8x4_sf_layout))
+    b_scales = scale_layouts.unswizzle(b_descale, b.shape[1], blocks, "128x4")
+    assert_matmul_close(out, dequantize_blocks(a, a_scales, MXFP8), dequantize_blocks(b.T, b_scales, MXFP8))

@@ -1,0 +1,12 @@
+"""What the package tests itself with, public so that other kernels can be tested the same way.
+
+``samples`` gives valid calls of every op, ``strategies`` draws hard data for Hypothesis, ``numerics`` holds the
+assertions. Importing ``strategies`` needs Hypothesis.
+"""
+
+from __future__ import annotations
+
+from .numerics import assert_matmul_close, assert_same_bytes, matmul_bound
+from .samples import Sample, assert_right, samples
+
+__all__ = ["Sample", "assert_matmul_close", "assert_right", "assert_same_bytes", "matmul_bound", "samples"]

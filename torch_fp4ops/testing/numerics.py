@@ -1,0 +1,68 @@
+"""Assertions with bounds that are derived from the arithmetic, not tuned until they pass."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..codecs import as_bytes
+
+__all__ = ["assert_matmul_close", "assert_same_bytes", "matmul_bound"]
+
+
+def assert_same_bytes(given: Tensor, wanted: Tensor, what: str = "output") -> None:
+    """Equal shape, dtype, strides and bits, NaN payloads and signs of zero included.
+
+    Raises AssertionError that counts the differing bytes and shows the first.
+    """
+    for name in ("shape", "dtype"):
+        g, w = getattr(given, name), getattr(wanted, name)
+        assert g == w, f"{what}: {name} {g}, not {w}"
+    strides = given.stride(), wanted.stride()
+    assert strides[0] == strides[1] or not given.numel(), f"{what}: strides {strides[0]}, not {strides[1]}"
+    g, w = (as_bytes(t.reshape(-1).contiguous()).view(torch.uint8).cpu() for t in (given, wanted))
+    differ = (g != w).nonzero()
+    if len(differ):
+        first = int(differ[0])
+        raise AssertionError(
+            f"{what}: {len(differ)} of {g.numel()} bytes differ; "
+            f"the first is byte {first} of the flat output: {g[first]:#04x}, not {w[first]:#04x}"
+        )
+
+
+def matmul_bound(a: Tensor, b: Tensor, alpha: Tensor | None, exact: Tensor, out_dtype: torch.dtype) -> Tensor:
+    """How far ``round(alpha * fp32_sum(a @ b.T))`` may lie from the exact float64 result.
+
+    Each of the K additions in fp32 may be off by 2^-23 of the running sum (tensor cores truncate where IEEE
+    arithmetic rounds), and every running sum is at most the sum of magnitudes: ``K * 2^-23 * (|a| @ |b|.T)``.
+    The product with alpha and the final rounding add one relative rounding each, of fp32 and of the output's dtype,
+    and the output may be subnormal.
+
+    Args:
+        a, b: float64 ``[m, k]`` and ``[n, k]``, whose products are exact in fp32.
+        alpha: float32, one element or one for each row, or None.
+        exact: float64 ``[m, n]``, the exact result, alpha included.
+        out_dtype: dtype of the result that is checked.
+    """
+    factor = 1.0 if alpha is None else alpha.double().reshape(-1, 1).abs()
+    summation = a.shape[1] * 2.0**-23 * (a.abs() @ b.abs().T) * factor
+    info = torch.finfo(out_dtype)
+    rounding = (info.eps / 2 + 2.0**-23) * (exact.abs() + summation)
+    return summation + rounding + info.smallest_normal * info.eps / 2
+
+
+def assert_matmul_close(given: Tensor, a: Tensor, b: Tensor, alpha: Tensor | None = None) -> None:
+    """``given`` is ``alpha * (a @ b.T)`` within :func:`matmul_bound`; ``a`` and ``b`` are exact, any float dtype."""
+    a, b = a.double(), b.double()
+    exact = a @ b.T
+    if alpha is not None:
+        exact = exact * alpha.double().reshape(-1, 1)
+    error = (given.double() - exact).abs()
+    bound = matmul_bound(a, b, alpha, exact, given.dtype)
+    assert not given.isnan().any(), "NaN in the result"
+    if not bool((error <= bound).all()):
+        worst = (error / bound).argmax()
+        raise AssertionError(
+            f"error {error.flatten()[worst]:.3e} where the bound is {bound.flatten()[worst]:.3e}, "
+            f"at flat index {int(worst)} of {tuple(given.shape)}"
+        )

@@ -1,0 +1,81 @@
+"""Valid calls of each op: its edges, layouts and dtypes."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from ..registry import Op
+from .numerics import assert_same_bytes
+
+__all__ = ["Sample", "assert_right", "samples", "values"]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One valid call: ``op(*sample.args, **sample.kwargs)``."""
+
+    name: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def map_tensors(self, function: Callable[[Tensor], Tensor]) -> Sample:
+        return Sample(self.name, *tree_map_only(Tensor, function, (self.args, self.kwargs)))
+
+    def clone(self) -> Sample:
+        """The same call on tensors of its own, strides kept: for ops that write into their arguments."""
+        return self.map_tensors(_clone_strided)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def samples(op: Op, device: str | torch.device = "cpu") -> list[Sample]:
+    """The samples in the op's folder (``ops/<op>/samples.py``), the same data on every device."""
+    module = _samples_module(op)
+    return [Sample(*entry).map_tensors(lambda t: _clone_strided(t, device)) for entry in module.samples()]
+
+
+def assert_right(op: Op, sample: Sample, backend: str) -> None:
+    """Run a backend on a copy of the sample and check what it gives, or writes.
+
+    Where the op's samples module has an ``assert_close(out, *args, **kwargs)`` it decides (GEMMs: an error bound
+    against a float64 oracle); everything else must equal the reference byte for byte.
+
+    Raises AssertionError if the result is wrong, and whatever the op raises.
+    """
+    copy = sample.clone()
+    out = op.run_backend(backend, *copy.args, **{**copy.kwargs, "backend": backend})
+    assert_close = getattr(_samples_module(op), "assert_close", None)
+    if assert_close is not None:
+        assert_close(out, *sample.args, **sample.kwargs)
+        return
+    expected = sample.clone()
+    wanted = op.run_backend("reference", *expected.args, **expected.kwargs)
+    # Inputs too: ops that write give nothing back, and no op may write elsewhere.
+    results, references = (tree_leaves(t) for t in ((out, copy.args), (wanted, expected.args)))
+    for i, (a, b) in enumerate(zip(results, references, strict=True)):
+        if isinstance(a, Tensor):
+            assert_same_bytes(a, b, f"tensor {i} of outputs and arguments")
+
+
+def _samples_module(op: Op) -> ModuleType:
+    return importlib.import_module(f"{op.__module__}.samples")
+
+
+def values(seed: int, *shape: int, dtype: torch.dtype = torch.bfloat16, scale: float = 1.0) -> Tensor:
+    """Normal values of a fixed seed, on the CPU."""
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(shape, generator=generator) * scale).to(dtype)
+
+
+def _clone_strided(t: Tensor, device: str | torch.device | None = None) -> Tensor:
+    out = torch.empty_strided(t.size(), t.stride(), dtype=t.dtype, device=device or t.device)
+    return out.copy_(t)
