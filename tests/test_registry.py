@@ -160,7 +160,7 @@ def test_a_backend_that_cannot_be_imported_is_a_reason(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "op_folder_for_test", package)
     monkeypatch.setattr(scale, "__module__", "op_folder_for_test")
     monkeypatch.setattr(scale, "_loaded", False)
-    monkeypatch.setattr(scale, "_unimportable", {})
+    monkeypatch.setattr(scale, "unimportable", {})
     with pytest.raises(BackendUnavailable, match="broken.*not importable.*a_package_that_does_not_exist"):
         scale(x, backend="broken")
     assert "broken" in scale.backend_names()

@@ -69,7 +69,7 @@ class Op:
         self._check_values = check_values
         self._byte_arguments = frozenset(byte_arguments)
         self._backends = {"reference": Backend("reference", function, lambda call: None)}
-        self._unimportable: dict[str, str] = {}
+        self.unimportable: dict[str, str] = {}  # backend name -> why its module does not import
         self._loaded = False
 
         _LIBRARY.define(f"{self.name}{self.schema}", tags=_TAGS)
@@ -214,12 +214,12 @@ class Op:
             try:
                 importlib.import_module(f"{package.__name__}.{module.name}")
             except ImportError as error:
-                self._unimportable[module.name] = f"not importable: {error}"
+                self.unimportable[module.name] = f"not importable: {error}"
 
     def backend_names(self) -> list[str]:
         """Every backend that this op has, the ones that can't be imported here included."""
         self._load_backends()
-        return [*self._backends, *self._unimportable]
+        return [*self._backends, *self.unimportable]
 
     def find_backend(self, name: str, asked_by: str) -> Backend:
         """The backend with that name or variant, "auto" excepted. Raises ValueError if there is none."""
@@ -230,13 +230,13 @@ class Op:
         for backend in self._backends.values():
             if name == backend.name or name in backend.variants:
                 return backend
-        if name in self._unimportable:
-            reason = self._unimportable[name]
+        if name in self.unimportable:
+            reason = self.unimportable[name]
             return Backend(name, _never_runs, lambda call: reason)
         names = ["auto", *(n for b in self._backends.values() for n in (b.name, *b.variants))]
         raise ValueError(
             f"torch.ops.fp4.{self.name}: backend is {name!r} ({asked_by}); "
-            f"allowed: {', '.join(map(repr, [*names, *self._unimportable]))}"
+            f"allowed: {', '.join(map(repr, [*names, *self.unimportable]))}"
         )
 
     def why_not(self, name: str, call: Call) -> str | None:

@@ -38,6 +38,18 @@ def weights(rows: int, k: int, fmt: Any, seed: int) -> tuple[Tensor, Tensor, Ten
     return (*quantize_nvfp4(w, encode.view(-1, 1, 1), 1 / encode.view(-1, 1, 1)), 1 / encode)
 
 
+def example(
+    device: torch.device, tokens: int = 16, hidden: int = 2880, inter: int = 2880, experts: int = 32, top_k: int = 4
+) -> tuple[Any, ...]:
+    """Unquantised; the shapes are GPT-OSS 20B's."""
+    x, fc1, fc2 = (
+        torch.empty(shape, dtype=torch.bfloat16, device=device)
+        for shape in ((tokens, hidden), (experts, 2 * inter, hidden), (experts, hidden, inter))
+    )
+    ids = torch.zeros(tokens, top_k, dtype=torch.int32, device=device)
+    return x, ids, torch.ones(tokens, top_k, device=device), fc1, fc2, torch.bfloat16, []
+
+
 def samples() -> Iterator[tuple[str, tuple[Any, ...], dict[str, Any]]]:
     bf16 = torch.bfloat16
     fc1, fc2 = values(1, EXPERTS, 2 * INTER, HIDDEN, scale=0.1), values(2, EXPERTS, HIDDEN, INTER, scale=0.1)

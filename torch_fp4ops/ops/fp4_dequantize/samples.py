@@ -8,7 +8,12 @@ from typing import Any
 import torch
 
 from ..fp4_quantize import fp4_quantize
+from ..fp4_quantize.samples import example as quantize_example
 from ..fp4_quantize.samples import samples as quantize_samples
+
+
+def example(device: torch.device, m: int = 128, k: int = 4096) -> tuple[Any, ...]:
+    return (*fp4_quantize(*quantize_example(device, m, k)), torch.ones(1, device=device))
 
 
 def samples() -> Iterator[tuple[str, tuple[Any, ...], dict[str, Any]]]:

@@ -17,6 +17,10 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 FORMATS: dict[str, dict[str, Any]] = {"nvfp4": {}, "mxfp4": {"sf_vec_size": 32, "sf_use_ue8m0": True}}
 
 
+def example(device: torch.device, m: int = 128, k: int = 4096) -> tuple[Any, ...]:
+    return (torch.empty(m, k, dtype=torch.bfloat16, device=device), torch.ones(1, device=device))
+
+
 def samples() -> Iterator[tuple[str, tuple[Any, ...], dict[str, Any]]]:
     scale = torch.tensor([448.0 * 6 / 5])
     for name, fmt in FORMATS.items():

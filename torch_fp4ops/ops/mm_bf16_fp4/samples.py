@@ -14,6 +14,13 @@ from ...formats import MXFP4, NVFP4
 from ...testing.numerics import assert_matmul_close
 from ...testing.samples import values
 from ..fp4_quantize import fp4_quantize
+from ..fp4_quantize.samples import example as quantize_example
+
+
+def example(device: torch.device, m: int = 16, n: int = 4096, k: int = 4096) -> tuple[Any, ...]:
+    scale = torch.ones(1, device=device)
+    b, b_sf = fp4_quantize(*quantize_example(device, n, k))
+    return torch.empty(m, k, dtype=torch.bfloat16, device=device), b, b_sf, scale
 
 
 def samples() -> Iterator[tuple[str, tuple[Any, ...], dict[str, Any]]]:

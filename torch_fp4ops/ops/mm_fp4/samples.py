@@ -14,7 +14,13 @@ from ...formats import MXFP4, NVFP4
 from ...testing.numerics import assert_matmul_close
 from ...testing.samples import values
 from ..fp4_quantize import fp4_quantize
+from ..fp4_quantize.samples import example as quantize_example
 from . import a_layout
+
+
+def example(device: torch.device, m: int = 16, n: int = 4096, k: int = 4096) -> tuple[Any, ...]:
+    (a, a_sf), (b, b_sf) = (fp4_quantize(*quantize_example(device, rows, k)) for rows in (m, n))
+    return a, b.T, a_sf, b_sf.T, torch.ones(1, device=device)
 
 
 def samples() -> Iterator[tuple[str, tuple[Any, ...], dict[str, Any]]]:

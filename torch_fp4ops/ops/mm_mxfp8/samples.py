@@ -15,6 +15,12 @@ from ...testing.numerics import assert_matmul_close
 from ...testing.samples import values
 from ..mm_fp4 import a_layout
 from ..mxfp8_quantize import mxfp8_quantize
+from ..mxfp8_quantize.samples import example as quantize_example
+
+
+def example(device: torch.device, m: int = 16, n: int = 4096, k: int = 4096) -> tuple[Any, ...]:
+    (a, a_sf), (b, b_sf) = (mxfp8_quantize(*quantize_example(device, rows, k)) for rows in (m, n))
+    return a, b.T, a_sf, b_sf
 
 
 def samples() -> Iterator[tuple[str, tuple[Any, ...], dict[str, Any]]]:

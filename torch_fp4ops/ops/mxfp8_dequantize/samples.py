@@ -8,7 +8,12 @@ from typing import Any
 import torch
 
 from ..mxfp8_quantize import mxfp8_quantize
+from ..mxfp8_quantize.samples import example as quantize_example
 from ..mxfp8_quantize.samples import samples as quantize_samples
+
+
+def example(device: torch.device, m: int = 128, k: int = 4096) -> tuple[Any, ...]:
+    return mxfp8_quantize(*quantize_example(device, m, k))
 
 
 def samples() -> Iterator[tuple[str, tuple[Any, ...], dict[str, Any]]]:

@@ -10,6 +10,10 @@ import torch
 from ...testing.samples import values
 
 
+def example(device: torch.device, m: int = 128, k: int = 4096) -> tuple[Any, ...]:
+    return (torch.empty(m, k, dtype=torch.bfloat16, device=device),)
+
+
 def samples() -> Iterator[tuple[str, tuple[Any, ...], dict[str, Any]]]:
     for m in (0, 1, 17, 129):
         yield f"128x4-{m}x96", (values(m, m, 96),), {}

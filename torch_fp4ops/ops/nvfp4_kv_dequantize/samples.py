@@ -8,7 +8,13 @@ from typing import Any
 import torch
 
 from ..nvfp4_kv_quantize import nvfp4_kv_quantize
+from ..nvfp4_kv_quantize.samples import example as quantize_example
 from ..nvfp4_kv_quantize.samples import samples as quantize_samples
+
+
+def example(device: torch.device, m: int = 128, k: int = 1024) -> tuple[Any, ...]:
+    x, scale = quantize_example(device, m, k)
+    return (*nvfp4_kv_quantize(x, scale), scale)
 
 
 def samples() -> Iterator[tuple[str, tuple[Any, ...], dict[str, Any]]]:

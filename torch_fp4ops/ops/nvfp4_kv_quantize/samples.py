@@ -10,6 +10,10 @@ import torch
 from ...testing.samples import values
 
 
+def example(device: torch.device, m: int = 128, k: int = 1024) -> tuple[Any, ...]:
+    return (torch.empty(m, k, dtype=torch.bfloat16, device=device), torch.ones(1, device=device))
+
+
 def samples() -> Iterator[tuple[str, tuple[Any, ...], dict[str, Any]]]:
     scale = torch.tensor([5 / 2688])
     for m, k in ((0, 64), (1, 64), (17, 112), (130, 128)):

@@ -10,6 +10,17 @@ import torch
 from ...testing.samples import values
 
 
+def example(device: torch.device, tokens: int = 16, heads: int = 8, dim: int = 128) -> tuple[Any, ...]:
+    new = torch.empty(tokens, heads, dim, dtype=torch.bfloat16, device=device)
+    page = 16
+    cache, sf = (
+        torch.empty(tokens // page + 1, page, heads, last, dtype=torch.uint8, device=device)
+        for last in (dim // 2, dim // 16)
+    )
+    scale = torch.ones(1, device=device)
+    return new, new, torch.arange(tokens, device=device), cache, cache.clone(), sf, sf.clone(), scale, scale
+
+
 def samples() -> Iterator[tuple[str, tuple[Any, ...], dict[str, Any]]]:
     k_scale, v_scale = torch.tensor([5 / 2688]), torch.tensor([4 / 2688])
     pages, page, heads = 3, 4, 2
