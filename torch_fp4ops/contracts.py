@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,13 +29,14 @@ class Call:
     op_name: str
     device: torch.device
 
-    def __init__(self, op_name: str, first_tensor: str, arguments: dict[str, Any]):
+    def __init__(self, op_name: str, first_tensor: Tensor, arguments: dict[str, Any]):
+        arguments["op_name"] = op_name
+        arguments["device"] = first_tensor.device
         self.__dict__ = arguments
-        self.op_name = op_name
-        self.device = arguments[first_tensor].device
 
-    def __getattr__(self, name: str) -> Any:  # for the type checker: arguments are plain attributes
-        raise AttributeError(f"{self.op_name} has no argument {name!r}")
+    if TYPE_CHECKING:  # at run time it would slow every attribute down
+
+        def __getattr__(self, name: str) -> Any: ...
 
     def require(self, condition: Any, argument: str, given: Any, allowed: str) -> None:
         """Raise unless ``condition``; a plain True costs next to nothing."""
@@ -62,10 +63,13 @@ class Call:
 
     def require_rank(self, argument: str, rank: int) -> None:
         t = getattr(self, argument)
-        self.require(t.dim() == rank, argument, t.shape, f"{rank} dimensions")
+        if t.dim() != rank:
+            self.require(False, argument, t.shape, f"{rank} dimensions")
 
     def require_shape(self, argument: str, shape: Sequence[int], why: str = "") -> None:
         t = getattr(self, argument)
+        if type(t) is Tensor and t.shape == shape:  # a real tensor: comparing sizes can't add a guard
+            return
         if t.dim() != len(shape):
             self.require(False, argument, t.shape, f"shape {tuple(shape)}{why}")
         for given, wanted in zip(t.shape, shape, strict=True):
@@ -76,6 +80,8 @@ class Call:
         """``t`` is the argument itself unless a view of it is what must be contiguous (a transposed weight)."""
         argument_tensor = getattr(self, argument)
         t = argument_tensor if t is None else t
+        if type(t) is Tensor and t.is_contiguous():
+            return
         if all(type(n) is int for n in t.shape):
             ok: Any = t.is_contiguous()
             self.require(ok, argument, f"of strides {tuple(argument_tensor.stride())}", what)

@@ -8,7 +8,7 @@ import inspect
 import pkgutil
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,6 +66,10 @@ class Op:
         self.schema = torch.library.infer_schema(function, mutates_args=tuple(mutates))
         self.contract = contract
         self.preferences = tuple(preferences)
+        self._preferences_on = {
+            kind: tuple(row for row in preferences if row.device_type == kind)
+            for kind in {row.device_type for row in preferences}
+        }
         self._check_values = check_values
         self._byte_arguments = frozenset(byte_arguments)
         self._backends = {"reference": Backend("reference", function, lambda call: None)}
@@ -77,7 +81,8 @@ class Op:
         arguments = self.default._schema.arguments
         self._names = tuple(a.name for a in arguments)
         self._defaults = {n: p.default for n, p in self.signature.parameters.items() if p.default is not p.empty}
-        self._tensor_names = tuple(a.name for a in arguments if "Tensor" in str(a.type))
+        # All but the first, whose device is the call's.
+        self._tensor_names = tuple(a.name for a in arguments[1:] if "Tensor" in str(a.type))
         self._mutates = tuple(mutates)
         _LIBRARY.impl(self.name, self._run, "CompositeExplicitAutograd")
         _LIBRARY.impl(self.name, self._run_with_autograd, "Autograd", with_keyset=True)
@@ -102,17 +107,19 @@ class Op:
 
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         arguments = self._defaults.copy()
-        arguments.update(zip(self._names, args, strict=False))
+        arguments.update(zip(self._names, args))  # noqa: B905  (strict= costs time, and fewer arguments are right)
         arguments.update(kwargs)
-        return Call(self.name, self._names[0], arguments)
+        return Call(self.name, args[0] if args else kwargs[self._names[0]], arguments)
 
     def _validate(self, call: Call) -> Any:
         arguments = call.__dict__
         device = call.device
         for name in self._tensor_names:
             given = arguments[name]
+            if given is None:
+                continue
             for t in given if type(given) is list else (given,):
-                if t is not None and t.device != device:
+                if t.device != device:
                     call.require(False, name, t.device, f"{device}, where {self._names[0]} is")
         if call.backend != "auto":
             self.find_backend(call.backend, "backend=")
@@ -120,6 +127,9 @@ class Op:
 
     def check(self, *args: Any, **kwargs: Any) -> Call:
         """Validate a call exactly as running it would, without running it."""
+        return self._check(args, kwargs)
+
+    def _check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         call = self._bind(args, kwargs)
         self._validate(call)
         if self._check_values is not None and call.device.type == "cpu":
@@ -127,7 +137,7 @@ class Op:
         return call
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
-        call = self.check(*args, **kwargs)
+        call = self._check(args, kwargs)
         decision = choose(self, call)
         if decision.rejected and decision.backend == "reference":
             _warn_reference(self.name, "; ".join(f"{n}: {why}" for n, why in decision.rejected.items()))
@@ -148,25 +158,22 @@ class Op:
         return tuple(torch.empty(o.shape, dtype=o.dtype, device=call.device) for o in promised)
 
     def _run_with_autograd(self, keyset: Any, *args: Any, **kwargs: Any) -> Any:
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and (_any_requires_grad(args) or (kwargs and _any_requires_grad(kwargs.values()))):
+            self._require_a_floating_output(args, kwargs)
             needing = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.requires_grad]
-            if needing:
-                self._require_a_floating_output(args, kwargs)
-                return _NoBackward.apply(self, keyset, args, kwargs, *needing)
+            return _NoBackward.apply(self, keyset, args, kwargs, *needing)
+        if keyset.raw_repr() in _straight_to_kernel:
+            return self._run(*args, **kwargs)
         return self._below_autograd(keyset, args, kwargs)
 
     def _below_autograd(self, keyset: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        # A plain CPU or CUDA tensor outside of any tracing: nothing lies between autograd and the kernel, and
-        # a second trip through the dispatcher would cost 2 us.
-        raw = keyset.raw_repr()
-        direct = _straight_to_kernel.get(raw)
-        if direct is None:
-            below = (keyset & torch._C._after_autograd_keyset).highestPriorityTypeId()
-            direct = _straight_to_kernel[raw] = below in (DispatchKey.CPU, DispatchKey.CUDA)
-        if direct:
-            return self._run(*args, **kwargs)
+        below = keyset & torch._C._after_autograd_keyset
+        if below.highestPriorityTypeId() in (DispatchKey.CPU, DispatchKey.CUDA):
+            # Plain tensors outside of any tracing: nothing lies between autograd and the kernel, and the next call
+            # with these keys need not go through the dispatcher twice, which costs 2 us.
+            _straight_to_kernel.add(keyset.raw_repr())
         with torch._C._AutoDispatchBelowAutograd():
-            return self.default.redispatch(keyset & torch._C._after_autograd_keyset, *args, **kwargs)
+            return self.default.redispatch(below, *args, **kwargs)
 
     def _require_a_floating_output(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         promised = self._validate(self._bind(args, kwargs))
@@ -249,7 +256,7 @@ class Op:
         return self.find_backend(name, "run_backend").run(*args, **kwargs)
 
     def preferences_on(self, device_type: str) -> tuple[Preference, ...]:
-        return tuple(row for row in self.preferences if row.device_type == device_type)
+        return self._preferences_on.get(device_type, ())
 
 
 def op(
@@ -279,9 +286,19 @@ def op(
     return register
 
 
-_straight_to_kernel: dict[int, bool] = {}
+_straight_to_kernel: set[int] = set()
 _warned: set[str] = set()
 _INFERENCE_ONLY = "These ops are for inference: use torch.no_grad() or torch.inference_mode(), or detach() the input."
+
+
+def _any_requires_grad(arguments: Iterable[Any]) -> bool:
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            if argument.requires_grad:
+                return True
+        elif type(argument) is list and _any_requires_grad(argument):
+            return True
+    return False
 
 
 def _warn_reference(op_name: str, reasons: str) -> None:

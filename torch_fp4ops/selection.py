@@ -119,7 +119,10 @@ def choose(op: Op, call: Call) -> Decision:
         ValueError: the requested backend is none of this op's.
         BackendUnavailable: the requested backend can't take this call.
     """
-    name, who = _requested(op.name, call.backend)
+    if call.backend == "auto" and not _environment and _context.get() is None:
+        name = "auto"
+    else:
+        name, who = _requested(op.name, call.backend)
     if name != "auto":
         backend = op.find_backend(name, who)
         reason = backend.unsupported(call)
@@ -140,11 +143,18 @@ def choose(op: Op, call: Call) -> Decision:
     return Decision("reference", rejected)
 
 
-def explain(op: Op, *args: Any, **kwargs: Any) -> str:
+def explain(op: Op | str, *args: Any, **kwargs: Any) -> str:
     """A few lines of text: which backend the op would take for these arguments, and why not each other one.
 
-    The arguments are the op's own; they are checked as the op would check them, and nothing is launched.
+    ``op`` is a name or the op itself. The arguments are the op's own; they are checked as the op would check them,
+    and nothing is launched.
     """
+    from .registry import OPS
+
+    if isinstance(op, str):
+        if op not in OPS:
+            raise ValueError(f"explain: there is no op {op!r}; the ops are {', '.join(sorted(OPS))}")
+        op = OPS[op]
     call = op.check(*args, **kwargs)
     try:
         decision = choose(op, call)
