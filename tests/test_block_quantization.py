@@ -20,7 +20,8 @@ E4M3 = [m / 8 * 2.0**-6 for m in range(8)] + [(1 + m / 8) * 2.0 ** (e - 7) for e
 
 def nearest_index(grid: list[float], value: float) -> int:
     """Nearest entry of the grid, ties to the even index, beyond the end the last."""
-    value = min(value, grid[-1])
+    if not value <= grid[-1]:  # infinite, or the NaN that an infinity times a multiplier of zero is
+        return len(grid) - 1
     return min(range(len(grid)), key=lambda i: (abs(grid[i] - value), i % 2))
 
 
@@ -42,6 +43,7 @@ def scalar_nvfp4_block(block: list[float], encode: np.float32, decode: np.float3
 
 @given(matrices(rows=st.integers(1, 3), max_blocks=2), st.sampled_from([1.0, 0.37, 2688 / 5, 1e-30, 1e30, 3e-39, 3e38]))
 @example(torch.tensor([[1e-45] * 16]), 3e38)  # the multiplier overflows and is limited
+@example(torch.tensor([[math.inf] + [1.0] * 15]), 3e-39)  # the multiplier underflows: 0 * infinity
 @example(torch.tensor([[5.0] + [1e-3] * 15]), 1e-5)  # the scale underflows to zero
 def test_nvfp4_equals_the_scalar_recipe(x, encode):
     encode = torch.tensor(encode)

@@ -70,7 +70,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _env() -> int:
     print(f"torch_fp4ops {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}")
-    for name in ("torch", "triton", "flashinfer-python", "transformers"):
+    print(f"  {'torch':18} {torch.__version__}")
+    for name in ("triton", "flashinfer-python", "transformers"):
         try:
             version = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
