@@ -56,7 +56,8 @@ def quantize_nvfp4(x: Tensor, encode_scale: Tensor, decode_scale: Tensor) -> tup
     step = decode_e4m3(scales)
     multiplier = (1.0 / (step * decode_scale)).clamp(max=_FLT_MAX)
     multiplier = torch.where(step == 0, 0.0, multiplier)
-    codes = _encode_scaled(blocks, multiplier.unsqueeze(-1))
+    # The signs are x's own: where the multiplier is NaN the sign of the product is the hardware's choice.
+    codes = encode_e2m1(blocks * multiplier.unsqueeze(-1), sign_of=blocks)
     return pack_e2m1(codes.flatten(-2)), scales
 
 
@@ -85,14 +86,8 @@ def quantize_mx(x: Tensor, fmt: BlockFormat, scale_rule: str = "up") -> tuple[Te
         scales = torch.where(exponent == 255, exponent, lowered).to(torch.uint8)
     multiplier = (1.0 / decode_ue8m0(scales)).unsqueeze(-1)
     if fmt.element == "e2m1":
-        return pack_e2m1(_encode_scaled(blocks, multiplier).flatten(-2)), scales
+        return pack_e2m1(encode_e2m1(blocks * multiplier, sign_of=blocks).flatten(-2)), scales
     return encode_e4m3(blocks * multiplier).view(torch.float8_e4m3fn).flatten(-2), scales
-
-
-def _encode_scaled(blocks: Tensor, multiplier: Tensor) -> Tensor:
-    # The sign is x's own: where the multiplier is NaN the sign of the product is the hardware's choice.
-    magnitude = encode_e2m1((blocks * multiplier).abs()) & 0x7
-    return magnitude | (torch.signbit(blocks).to(torch.uint8) << 3)
 
 
 def dequantize_blocks(elements: Tensor, scales: Tensor, fmt: BlockFormat, decode_scale: Tensor | None = None) -> Tensor:

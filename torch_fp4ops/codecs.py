@@ -54,11 +54,12 @@ def as_bytes(x: Tensor) -> Tensor:
     return x.view(torch.uint8) if x.dtype in _NATIVE_BYTE_DTYPES else x
 
 
-def encode_e2m1(x: Tensor) -> Tensor:
+def encode_e2m1(x: Tensor, sign_of: Tensor | None = None) -> Tensor:
     """Round to the nearest E2M1 code, ties to the even code, saturating at +-6, the sign of zero kept.
 
     Args:
         x: floating-point values of any shape; rounded from their fp32 value.
+        sign_of: floating-point values of the same shape that the codes take their signs from; x itself by default.
 
     Returns:
         uint8 codes 0 to 15 of the same shape (bit 3 is the sign). NaN: see the module's docstring.
@@ -68,7 +69,7 @@ def encode_e2m1(x: Tensor) -> Tensor:
     x = x.float()
     boundaries = torch.tensor(_E2M1_BOUNDARIES, dtype=torch.float32, device=x.device)
     magnitude = torch.bucketize(x.abs(), boundaries, out_int32=True).to(torch.uint8)
-    return magnitude | (torch.signbit(x).to(torch.uint8) << 3)
+    return magnitude | (torch.signbit(x if sign_of is None else sign_of).to(torch.uint8) << 3)
 
 
 def decode_e2m1(codes: Tensor) -> Tensor:

@@ -1,0 +1,242 @@
+"""``torch.nn.Linear`` with FP4 or MXFP8 weights.
+
+The layers are for inference: run them under ``torch.no_grad()`` or ``torch.inference_mode()``. The operators have no
+backward, and quantising activations that require grad raises at once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..formats import MXFP4, MXFP8, NVFP4
+from ._block_scaled import BlockScaledLinear, allowed_values
+
+__all__ = ["ACTIVATIONS", "FP4Linear", "MXFP8Linear"]
+
+ACTIVATIONS = ("same", "bf16")
+_FP4_FORMATS = {f.name: f for f in (NVFP4, MXFP4)}
+
+_ENCODED_MAX = 448.0 * 6.0
+"""The largest magnitude in NVFP4 before the global scale: E4M3's times E2M1's."""
+_SMALLEST_AMAX = _ENCODED_MAX / 2.0**63
+"""Below it the encode scale stays at 2^63: the product of two such scales is still finite in fp32."""
+
+
+def encode_scale(x: Tensor) -> Tensor:
+    """The NVFP4 encode scale of a whole tensor: ``2688 / amax``, float32 ``[1]``, without a synchronisation.
+
+    ``x`` is ``[M, K]`` with K > 0; M may be 0. The result is finite and above zero whatever x holds: an amax of 0
+    (or below 3e-16) counts as 3e-16 and an infinity as the largest float32; with a NaN it is 1.
+    """
+    # One more zero, since the maximum over no rows has no value.
+    amax = nn.functional.pad(x.abs().amax(-1).float(), (0, 1)).amax(0, keepdim=True)
+    amax = amax.nan_to_num(nan=_ENCODED_MAX, posinf=torch.finfo(torch.float32).max)
+    return _ENCODED_MAX / amax.clamp(min=_SMALLEST_AMAX)
+
+
+class FP4Linear(BlockScaledLinear):
+    """``torch.nn.Linear`` with NVFP4 or MXFP4 weights, for inference (no backward; use ``torch.no_grad()``).
+
+    A new layer holds zeros: :meth:`from_linear` quantises trained weights, ``load_state_dict`` reads quantised ones.
+
+    Args:
+        in_features: K, a positive multiple of the block size: 16 for NVFP4, 32 for MXFP4.
+        out_features: N, 1 or more.
+        bias: whether there is one.
+        weight_format: ``"nvfp4"`` or ``"mxfp4"``.
+        activations: ``"same"`` quantises the activations to the weights' format (W4A4). ``"bf16"`` keeps them in
+            16 bits (W4A16): bfloat16 and float16 as they are, float32 rounded to bfloat16.
+        device: of the buffers and the bias.
+        dtype: of the bias.
+
+    Attributes:
+        weight: uint8 ``[N, K/2]``, even k in the low nibble.
+        weight_scale: uint8 block scales in the 128x4 layout, ``[round_up(N, 128), round_up(K/block size, 4)]``.
+        weight_global_scale: float32 ``[1]``, the encode scale ``2688 / amax(weight)``; None for MXFP4.
+        input_global_scale: float32 ``[1]``, the encode scale of every input, say ``2688 / amax`` over calibration
+            data; NVFP4 with activations ``"same"`` only. None: ``2688 / amax`` of each call's whole input, so that
+            the result for a row depends a little on the rows beside it.
+        bias: a Parameter ``[N]``, or None.
+
+    Casts (``.to(dtype)``, ``.half()``) reach the bias alone.
+
+    Raises:
+        ValueError: a size, a format or a kind of activations that is not allowed.
+    """
+
+    weight_global_scale: Tensor | None
+    input_global_scale: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        weight_format: str = "nvfp4",
+        activations: str = "same",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        if weight_format not in _FP4_FORMATS:
+            allowed = allowed_values(list(_FP4_FORMATS))
+            raise ValueError(f"FP4Linear: weight_format is {weight_format!r}; allowed: {allowed}")
+        if activations not in ACTIVATIONS:
+            raise ValueError(f"FP4Linear: activations is {activations!r}; allowed: {allowed_values(ACTIVATIONS)}")
+        fmt = _FP4_FORMATS[weight_format]
+        super().__init__(in_features, out_features, bias, fmt, device, dtype)
+        self.activations = activations
+        scale = torch.ones(1, dtype=torch.float32, device=device) if fmt.has_global_scale else None
+        self.register_buffer("weight_global_scale", scale)
+        self.register_buffer("input_global_scale", None)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        *,
+        weight_format: str = "nvfp4",
+        activations: str = "same",
+        input_global_scale: Tensor | None = None,
+    ) -> FP4Linear:
+        """Quantise the weight of ``linear``, which stays as it is; the bias Parameter is shared, not copied.
+
+        Args:
+            linear: weight bfloat16, float16 or float32 ``[N, K]`` on any device, meta included.
+            weight_format, activations: as for the class.
+            input_global_scale: float32, one element, above zero; for NVFP4 with activations ``"same"``.
+
+        Raises:
+            ValueError: an argument that is not allowed, a weight that is not finite, or forward hooks on ``linear``,
+                which would be lost.
+        """
+        if weight_format in _FP4_FORMATS:  # else the constructor says so
+            cls._require_quantizable(linear, _FP4_FORMATS[weight_format])
+        sizes = (linear.in_features, linear.out_features, False)
+        new = cls(*sizes, weight_format=weight_format, activations=activations, device="meta")
+        weight = linear.weight.detach()
+        if input_global_scale is not None:
+            new.input_global_scale = new._checked_input_scale(input_global_scale).to(weight.device)
+        if new._block_format.has_global_scale:
+            new.weight_global_scale = encode_scale(weight)
+        new._take_over(linear, *new._quantize(weight, new.weight_global_scale))
+        return new
+
+    def _checked_input_scale(self, scale: Tensor) -> Tensor:
+        if not self._block_format.has_global_scale or self.activations != "same":
+            given = f"given with weight_format={self.format!r}, activations={self.activations!r}"
+            raise ValueError(f"FP4Linear: input_global_scale is {given}; allowed: None but for 'nvfp4' and 'same'")
+        ok = scale.dtype == torch.float32 and scale.numel() == 1
+        if not ok or not (scale.is_meta or 0 < scale.item() < float("inf")):
+            raise ValueError(
+                f"FP4Linear: input_global_scale is {scale}; allowed: a float32 tensor of one finite element above zero"
+            )
+        return scale.detach().reshape(1)
+
+    def _quantize(self, x: Tensor, global_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+        return torch.ops.fp4.fp4_quantize(
+            input=x,
+            global_scale=global_scale,
+            sf_vec_size=self._block_format.block_size,
+            sf_use_ue8m0=self._block_format.scale == "ue8m0",
+        )
+
+    def _product(self, x: Tensor) -> Tensor:
+        block_size, weight_global = self._block_format.block_size, self.weight_global_scale
+        if self.activations == "bf16":
+            return torch.ops.fp4.mm_bf16_fp4(
+                a=x if x.dtype == torch.float16 else x.to(torch.bfloat16),
+                b=self.weight,
+                b_descale=self.weight_scale,
+                alpha=None if weight_global is None else 1.0 / weight_global,
+                out_dtype=x.dtype,
+                block_size=block_size,
+            )
+        alpha = input_global = None
+        if weight_global is not None:
+            input_global = encode_scale(x) if self.input_global_scale is None else self.input_global_scale
+            alpha = 1.0 / (input_global * weight_global)
+        codes, scales = self._quantize(x, input_global)
+        return torch.ops.fp4.mm_fp4(
+            a=codes,
+            b=self.weight.T,
+            a_descale=scales,
+            b_descale=self.weight_scale.T,
+            alpha=alpha,
+            out_dtype=x.dtype,
+            block_size=block_size,
+            use_nvfp4=self.format == NVFP4.name,
+        )
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        # Whether there is a static scale is the checkpoint's to say, as far as this layer could use one.
+        given = state_dict.get(prefix + "input_global_scale")
+        usable = self.weight_global_scale is not None and self.activations == "same"
+        if self.input_global_scale is None and isinstance(given, Tensor) and usable:
+            self.input_global_scale = torch.ones(1, dtype=torch.float32, device=self.weight.device)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def _describe(self) -> str:
+        return f"{super()._describe()}, activations={self.activations!r}"
+
+
+class MXFP8Linear(BlockScaledLinear):
+    """``torch.nn.Linear`` with MXFP8 weights and activations, for inference (no backward; use ``torch.no_grad()``).
+
+    A new layer holds zeros: :meth:`from_linear` quantises trained weights, ``load_state_dict`` reads quantised ones.
+
+    Args:
+        in_features: K, a positive multiple of 32.
+        out_features: N, 1 or more.
+        bias: whether there is one.
+        device: of the buffers and the bias.
+        dtype: of the bias.
+
+    Attributes:
+        weight: float8_e4m3fn ``[N, K]``.
+        weight_scale: uint8 UE8M0 block scales in the 128x4 layout, flat:
+            ``[round_up(N, 128) * round_up(K/32, 4)]``.
+        bias: a Parameter ``[N]``, or None.
+
+    Casts (``.to(dtype)``, ``.half()``) reach the bias alone.
+
+    Raises:
+        ValueError: a size that is not allowed.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__(in_features, out_features, bias, MXFP8, device, dtype)
+        self.weight_scale = self.weight_scale.flatten()
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear) -> MXFP8Linear:
+        """Quantise the weight of ``linear``, which stays as it is; the bias Parameter is shared, not copied.
+
+        Args:
+            linear: weight bfloat16, float16 or float32 ``[N, K]`` on any device, meta included.
+
+        Raises:
+            ValueError: K not a multiple of 32, a weight that is not finite, or forward hooks on ``linear``, which
+                would be lost.
+        """
+        cls._require_quantizable(linear, MXFP8)
+        new = cls(linear.in_features, linear.out_features, False, device="meta")
+        new._take_over(linear, *torch.ops.fp4.mxfp8_quantize(input=linear.weight.detach()))
+        return new
+
+    def _product(self, x: Tensor) -> Tensor:
+        codes, scales = torch.ops.fp4.mxfp8_quantize(input=x)
+        return torch.ops.fp4.mm_mxfp8(
+            a=codes, b=self.weight.T, a_descale=scales, b_descale=self.weight_scale, out_dtype=x.dtype
+        )
