@@ -1,0 +1,159 @@
+#!/usr/bin/env python
+"""Host microseconds that an op adds to calling its implementation directly: ``python benchmarks/host_overhead.py``."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import itertools
+import platform
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+if str(Path(__file__).parent.parent) not in sys.path:
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+from torch import Tensor
+
+from benchmarks import cases
+from torch_fp4ops.contracts import Call, Out
+from torch_fp4ops.registry import OPS, Op, op
+from torch_fp4ops.testing import Sample
+
+_serial = itertools.count()
+
+BOUND_US = 6.0
+CALLS = 5000
+RUNS = 7
+
+MODES: dict[str, Callable[[], Any]] = {
+    "grad": torch.enable_grad,
+    "no_grad": torch.no_grad,
+    "inference": torch.inference_mode,
+}
+
+
+def us_per_call(function: Callable[[], Any], calls: int = CALLS, runs: int = RUNS) -> float:
+    """Median over runs of the mean over calls; on a GPU the queue is drained before and after, outside the time."""
+    times = []
+    for _ in range(max(1, calls // 10)):
+        function()
+    for _ in range(runs):
+        _drain()
+        start = time.perf_counter()
+        for _ in range(calls):
+            function()
+        times.append((time.perf_counter() - start) / calls * 1e6)
+    _drain()
+    return median(times)
+
+
+def _drain() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+@contextlib.contextmanager
+def probe_op() -> Iterator[Op]:
+    """An op that does next to nothing, registered like any other and taken out of OPS again."""
+
+    def _overhead_probe(x: Tensor, scale: Tensor | None = None, block: int = 16, *, backend: str = "auto") -> Tensor:
+        """Negate."""
+        return torch.neg(x)
+
+    def contract(call: Call) -> Out:
+        call.require_rank("x", 2)
+        call.require_dtype("x", (torch.float32, torch.bfloat16))
+        return Out(call.x.shape, call.x.dtype)
+
+    _overhead_probe.__name__ += f"_{next(_serial)}"  # torch keeps a name for the life of the process
+    # Annotations are strings here, and the schema is inferred from types.
+    _overhead_probe.__annotations__ = inspect.get_annotations(_overhead_probe, eval_str=True)
+    probe = op(contract=contract)(_overhead_probe)
+    try:
+        yield probe
+    finally:
+        OPS.pop(probe.name, None)
+
+
+def registration_overhead(calls: int = CALLS, runs: int = RUNS) -> float:
+    """Print a table for the trivial op on the CPU; returns the largest overhead of ``torch.ops.fp4.<op>``."""
+    x = torch.zeros(2, 16)
+    worst = 0.0
+    with probe_op() as probe:
+        direct = probe.__wrapped__
+        packet = getattr(torch.ops.fp4, probe.name)
+        custom = torch.library.custom_op(f"torch_fp4ops_benchmarks::{probe.name}", direct, mutates_args=())
+        ways: dict[str, Callable[[], Any]] = {
+            "the implementation itself": lambda: direct(x),
+            "torch.ops.fp4.<op>": lambda: packet(x),
+            "torch_fp4ops.<op>": lambda: probe(x),
+            "torch.library.custom_op": lambda: custom(x),
+        }
+        print(f"a trivial op on the CPU: us a call (what it adds), median of {runs} runs of {calls} calls")
+        print(f"  {'':28}" + "".join(f"{mode:>18}" for mode in MODES))
+        base: dict[str, float] = {}
+        for way, function in ways.items():
+            line = f"  {way:28}"
+            for mode, context in MODES.items():
+                with context():
+                    us = us_per_call(function, calls, runs)
+                added = us - base.setdefault(mode, us)
+                line += f"{us:8.2f} ({added:+7.2f})"
+                if way == "torch.ops.fp4.<op>":
+                    worst = max(worst, added)
+            print(line, flush=True)
+    return worst
+
+
+def backend_overheads(calls: int = 2000, runs: int = 5) -> None:
+    """Print, for each op's smallest benchmark case on the GPU, a backend called through the op and directly."""
+    print(f"\nevery backend on the GPU, without grad: us a call, median of {runs} runs of {calls} calls")
+    print(f"  {'op':26} {'backend':14} {'directly':>9} {'through the op':>15} {'added':>7}")
+    smallest: dict[str, cases.Case] = {}
+    for case in cases.cpu_cases():
+        if case.op not in smallest or case.bytes < smallest[case.op].bytes:
+            smallest[case.op] = case
+    for name, case in smallest.items():
+        sample = case.sample("cuda")
+        call = OPS[name].check(*sample.args, **sample.kwargs)
+        for backend in OPS[name].backend_names():
+            if backend == "reference" or OPS[name].why_not(backend, call) is not None:
+                continue
+            direct_us, op_us = _directly_and_through(OPS[name], backend, sample, calls, runs)
+            print(f"  {name:26} {backend:14} {direct_us:9.2f} {op_us:15.2f} {op_us - direct_us:7.2f}", flush=True)
+
+
+def _directly_and_through(op: Op, backend: str, sample: Sample, calls: int, runs: int) -> tuple[float, float]:
+    run, through = op.find_backend(backend, "benchmark").run, getattr(torch.ops.fp4, op.name)
+    args, kwargs = sample.args, sample.kwargs
+    with torch.no_grad():
+        direct_us = us_per_call(lambda: run(*args, **kwargs), calls, runs)
+        return direct_us, us_per_call(lambda: through(*args, **kwargs, backend=backend), calls, runs)
+
+
+def main() -> int:
+    """Print the tables; 1 if a registered op adds more than the bound."""
+    threads = torch.get_num_threads()
+    print(f"torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}, {threads} threads")
+    worst = registration_overhead()
+    verdict = "within" if worst <= BOUND_US else "ABOVE"
+    print(f"torch.ops.fp4.<op> adds at most {worst:.2f} us, {verdict} the bound of {BOUND_US:g} us")
+    if torch.cuda.is_available():
+        print(torch.cuda.get_device_name())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            backend_overheads()
+    else:
+        print("torch sees no GPU, so the backends' own launches are not measured")
+    return int(worst > BOUND_US)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

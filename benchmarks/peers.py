@@ -1,0 +1,148 @@
+"""What the ops are compared with: other implementations of the same thing, where they can be imported and work.
+
+A peer prepares what it needs of a case (converted weights are not timed) and gives one closure for each set of
+inputs. Its output is checked like a backend's, with a tolerance for other roundings.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_fp4ops import OPS
+from torch_fp4ops.testing import Sample
+
+from .cases import Case
+from .verify import Expected
+
+Run = Callable[[], Any]
+
+
+class Unsuitable(Exception):
+    """Why a peer can't take a case."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    runs: Sequence[Run]
+    compare: Callable[[Any], Any] = lambda out: out
+    """Brings the peer's output into the op's layout."""
+    poison: bool = True
+    """False where memory must not be poisoned in the check (it would compile again)."""
+    expected: Expected | None = None
+    """What is right, where the peer was given other inputs than the case's."""
+
+
+@dataclass(frozen=True)
+class Peer:
+    name: str
+    ops: tuple[str, ...]
+    prepare: Callable[[Case, Sequence[Sample], Expected], Prepared]
+    """Raises Unsuitable, or whatever the peer raises."""
+    needs_gpu: bool = True
+
+    def takes(self, op_name: str, device: torch.device) -> bool:
+        return op_name in self.ops and (device.type == "cuda" or not self.needs_gpu)
+
+
+def _cublas(case: Case, samples: Sequence[Sample], expected: Expected) -> Prepared:
+    """torch.mm in bf16: what one has without quantised weights. Values of FP4 times a block scale are exact in bf16."""
+    a, b, _ = expected.operands
+    a16, b16 = a.bfloat16(), b.bfloat16()
+    # bf16 weights are four times as large, so fewer sets make the same footprint.
+    count = max(1, min(len(samples), -(-(512 << 20) // (a16.nbytes + b16.nbytes))))
+    sets = [(a16, b16)] + [(a16.clone(), b16.clone()) for _ in range(count - 1)]
+    return Prepared([lambda a=a, b=b: torch.mm(a, b.T) for a, b in sets])
+
+
+def _compiled_reference(case: Case, samples: Sequence[Sample], expected: Expected) -> Prepared:
+    """The reference body through torch.compile: what one has without writing a kernel."""
+    if not case.compiled:
+        raise Unsuitable("not compiled for this case, to save time")
+    torch._dynamo.reset()  # else the limit on recompilations makes it silently eager
+    compiled = torch.compile(OPS[case.op].__wrapped__, dynamic=False, fullgraph=True)
+    return Prepared([lambda s=s: compiled(*s.args, **s.kwargs) for s in samples], poison=False)
+
+
+def _flashinfer(case: Case, samples: Sequence[Sample], expected: Expected) -> Prepared:
+    """FlashInfer's function of the same name; the ops have its arguments."""
+    function = getattr(_import("flashinfer"), case.op, None)
+    if function is None:
+        raise Unsuitable("this FlashInfer has no such function")
+    names = inspect.signature(function).parameters
+    positional = OPS[case.op].signature.parameters
+    missing = {name for s in samples[:1] for name in s.kwargs} - set(names)
+    if missing:
+        raise Unsuitable(f"FlashInfer's function has no argument {', '.join(sorted(missing))}")
+
+    def run(s: Sample) -> Any:
+        arguments = dict(zip(positional, s.args, strict=False))
+        return function(**arguments, **s.kwargs)
+
+    return Prepared([lambda s=s: run(s) for s in samples])
+
+
+def _gemlite(case: Case, samples: Sequence[Sample], expected: Expected) -> Prepared:
+    """gemlite's activation quantisers give linear scales; measured with a global scale of 1."""
+    quantizers = _import("gemlite.quant_utils")
+    fmt, _, layout = case.family.partition("-")
+    if layout != "linear":
+        raise Unsuitable("gemlite's scales are linear")
+    function = getattr(quantizers, f"scale_activations_{fmt}_triton_v5")
+    if fmt == "nvfp4":
+        one = torch.ones(1, device=samples[0].args[0].device)
+        runs = [lambda s=s: function(s.args[0], one) for s in samples]
+    else:
+        runs = [lambda s=s: function(s.args[0]) for s in samples]
+    blocks = case.k // (16 if fmt == "nvfp4" else 32)
+
+    def compare(out: Any) -> tuple[Tensor, Tensor]:
+        return out[0][: case.m], out[1].view(torch.uint8).reshape(-1, blocks)[: case.m].contiguous()
+
+    expected = expected if fmt == "mxfp4" else Expected(case, Sample("", (samples[0].args[0], one), samples[0].kwargs))
+    return Prepared(runs, compare, expected=expected)
+
+
+def _torchao(case: Case, samples: Sequence[Sample], expected: Expected) -> Prepared:
+    """torchao's NVFP4 quantiser under torch.compile, as its users run it; linear scales."""
+    if not case.compiled:
+        raise Unsuitable("not compiled for this case, to save time")
+    if case.family != "nvfp4-linear":
+        raise Unsuitable("compared on NVFP4 with linear scales")
+    quantize = _import("torchao.prototype.mx_formats.nvfp4_tensor").nvfp4_quantize
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x, scale: quantize(x, 16, scale), dynamic=False)
+    decode = [(1 / s.args[1]).reshape(()) for s in samples]  # its per-tensor scale is the decode scale
+
+    def compare(out: Any) -> tuple[Tensor, Tensor]:
+        scales, codes = out
+        return codes.view(torch.uint8), scales.view(torch.uint8).reshape(case.m, case.k // 16)
+
+    runs = [lambda s=s, d=d: compiled(s.args[0], d) for s, d in zip(samples, decode, strict=True)]
+    return Prepared(runs, compare, poison=False)
+
+
+def _import(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except Exception as error:  # such packages fail in many ways where their GPU or compiler is missing
+        raise Unsuitable(f"{name} can't be imported: {error}") from error
+
+
+_QUANTIZERS = ("fp4_quantize", "mxfp8_quantize", "nvfp4_kv_quantize")
+_DEQUANTIZERS = ("fp4_dequantize", "mxfp8_dequantize", "nvfp4_kv_dequantize")
+
+PEERS = (
+    Peer("cublas-bf16", ("mm_bf16_fp4", "mm_fp4", "mm_mxfp8"), _cublas),
+    Peer("torch.compile", (*_QUANTIZERS, *_DEQUANTIZERS), _compiled_reference, needs_gpu=False),
+    Peer("flashinfer-direct", (*_QUANTIZERS, "nvfp4_kv_dequantize", "mm_fp4", "mm_mxfp8"), _flashinfer),
+    Peer("gemlite", ("fp4_quantize",), _gemlite),
+    Peer("torchao", ("fp4_quantize",), _torchao),
+)
+NAMES = tuple(peer.name for peer in PEERS)
