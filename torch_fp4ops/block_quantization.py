@@ -26,9 +26,8 @@ __all__ = ["dequantize_blocks", "quantize_mx", "quantize_nvfp4"]
 _FLT_MAX = torch.finfo(torch.float32).max
 
 
-def _reciprocal(value: float) -> float:
-    """1 / value rounded to fp32."""
-    return float(torch.tensor(1.0) / torch.tensor(value))
+# 1/6 and 1/448 rounded to fp32, by the largest element.
+_RECIPROCAL = {m: float(torch.tensor(1.0) / torch.tensor(m)) for m in (6.0, 448.0)}
 
 
 def quantize_nvfp4(x: Tensor, encode_scale: Tensor, decode_scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -52,7 +51,7 @@ def quantize_nvfp4(x: Tensor, encode_scale: Tensor, decode_scale: Tensor) -> tup
     """
     blocks = x.float().contiguous().unflatten(-1, (x.shape[-1] // NVFP4.block_size, NVFP4.block_size))
     amax = blocks.abs().amax(-1)
-    scales = encode_e4m3(encode_scale * (amax * _reciprocal(6.0)))
+    scales = encode_e4m3(encode_scale * (amax * _RECIPROCAL[6.0]))
     step = decode_e4m3(scales)
     multiplier = (1.0 / (step * decode_scale)).clamp(max=_FLT_MAX)
     multiplier = torch.where(step == 0, 0.0, multiplier)
@@ -79,7 +78,7 @@ def quantize_mx(x: Tensor, fmt: BlockFormat, scale_rule: str = "up") -> tuple[Te
     blocks = x.float().contiguous().unflatten(-1, (x.shape[-1] // fmt.block_size, fmt.block_size))
     amax = blocks.abs().amax(-1)
     if scale_rule == "up":
-        scales = encode_ue8m0(amax * _reciprocal(fmt.element_max))
+        scales = encode_ue8m0(amax * _RECIPROCAL[fmt.element_max])
     else:
         exponent = encode_ue8m0(amax, rounding="down").to(torch.int32)
         lowered = (exponent - fmt.element_max_exponent).clamp(min=0)

@@ -26,23 +26,7 @@ __all__ = [
     "unpack_e2m1",
 ]
 
-E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 E4M3_MAX = 448.0
-
-# Where the code steps up. bucketize() leaves a value that equals a boundary below it, which is right for the
-# ties whose even neighbour is the lower one (0.25, 1.25, 2.5, 5); the other ties move the boundary one ulp down.
-_E2M1_BOUNDARIES = tuple(
-    tie if even_below else float(torch.nextafter(torch.tensor(tie), torch.tensor(0.0)))
-    for tie, even_below in (
-        (0.25, True),
-        (0.75, False),
-        (1.25, True),
-        (1.75, False),
-        (2.5, True),
-        (3.5, False),
-        (5.0, True),
-    )
-)
 
 _NATIVE_BYTE_DTYPES = tuple(
     getattr(torch, name) for name in ("float4_e2m1fn_x2", "float8_e4m3fn", "float8_e8m0fnu") if hasattr(torch, name)
@@ -67,15 +51,24 @@ def encode_e2m1(x: Tensor, sign_of: Tensor | None = None) -> Tensor:
     Source: OCP MX specification 1.0, section 5.3.3; rounding as PTX ``cvt.rn.satfinite.e2m1x2.f32``.
     """
     x = x.float()
-    boundaries = torch.tensor(_E2M1_BOUNDARIES, dtype=torch.float32, device=x.device)
-    magnitude = torch.bucketize(x.abs(), boundaries, out_int32=True).to(torch.uint8)
-    return magnitude | (torch.signbit(x if sign_of is None else sign_of).to(torch.uint8) << 3)
+    a = x.abs()
+    # Counted down from 7, as no comparison is true of NaN; "<" where a tie's even code is the one above it. There is no
+    # table: a GPU would have to be given it, which synchronises.
+    code = torch.full_like(a, 7, dtype=torch.uint8)
+    for at_most in (0.25, 1.25, 2.5, 5.0):
+        code -= (a <= at_most).view(torch.uint8)
+    for below in (0.75, 1.75, 3.5):
+        code -= (a < below).view(torch.uint8)
+    return code | (torch.signbit(x if sign_of is None else sign_of).to(torch.uint8) << 3)
 
 
 def decode_e2m1(codes: Tensor) -> Tensor:
     """fp32 values of uint8 E2M1 codes 0 to 15 (0x8 is minus zero)."""
-    values = torch.tensor([*E2M1_VALUES, *(-v for v in E2M1_VALUES)], dtype=torch.float32, device=codes.device)
-    return values[codes.to(torch.int32)]
+    magnitude = (codes & 7).to(torch.int32)
+    # Bits 2:1 are the exponent and bit 0 is the mantissa, but for the codes 0 and 1.
+    normal = ((magnitude << 22) + (126 << 23)).view(torch.float32)
+    value = torch.where(magnitude < 2, 0.5 * magnitude, normal)
+    return torch.where(codes < 8, value, -value)
 
 
 def pack_e2m1(codes: Tensor) -> Tensor:
