@@ -56,9 +56,9 @@ def encode_e2m1(x: Tensor, sign_of: Tensor | None = None) -> Tensor:
     # table: a GPU would have to be given it, which synchronises.
     code = torch.full_like(a, 7, dtype=torch.uint8)
     for at_most in (0.25, 1.25, 2.5, 5.0):
-        code -= (a <= at_most).view(torch.uint8)
+        code -= (a <= at_most).to(torch.uint8)
     for below in (0.75, 1.75, 3.5):
-        code -= (a < below).view(torch.uint8)
+        code -= (a < below).to(torch.uint8)
     return code | (torch.signbit(x if sign_of is None else sign_of).to(torch.uint8) << 3)
 
 

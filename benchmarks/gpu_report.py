@@ -1,0 +1,168 @@
+"""Run everything that proves the kernels on a GPU and write what happened as JSON.
+
+    python benchmarks/gpu_report.py --out report.json --tree $(git rev-parse HEAD^{tree})
+
+Steps: the whole test suite with Hypothesis's ``nightly`` profile; ``python -m torch_fp4ops check``; both again for the
+Triton backend with another ptxas (``--ptxas``); and ``check`` on the GPU under each tool of compute-sanitizer. The
+report is rewritten after every step, so a run that is cut short keeps what it has. Exit status 1 if a step failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ElementTree
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SANITIZER_TOOLS = ("memcheck", "racecheck", "initcheck")
+
+
+@dataclass
+class Step:
+    """A command and what to add to its environment; ``counts`` says where its numbers come from."""
+
+    name: str
+    command: list[str]
+    environment: dict[str, str] = field(default_factory=dict)
+    counts: str = ""
+    timeout: float = 1200.0
+
+
+def environment_facts(tree: str) -> dict[str, Any]:
+    versions = {}
+    for name in ("triton", "flashinfer-python", "hypothesis", "pytest"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    return {
+        "tree": tree,
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "compute_capability": torch.cuda.get_device_capability() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        **versions,
+    }
+
+
+def steps(options: argparse.Namespace, scratch: Path) -> list[Step]:
+    python = [sys.executable, "-m"]
+    jobs = ["-n", str(options.jobs)] if options.jobs > 1 else []
+    nightly = {"HYPOTHESIS_PROFILE": options.profile}
+
+    def tests(name: str, *selection: str, **environment: str) -> Step:
+        xml = scratch / f"{name.replace(' ', '-')}.xml"
+        command = [*python, "pytest", "-q", "-p", "no:cacheprovider", *jobs, f"--junit-xml={xml}", *selection]
+        return Step(name, command, {**nightly, **environment}, str(xml))
+
+    def check(name: str, *prefix: str, device: str | None = None, **environment: str) -> Step:
+        path = scratch / f"{name.replace(' ', '-')}.json"
+        where = ["--device", device] if device else []
+        return Step(
+            name, [*prefix, *python, "torch_fp4ops", "check", "--json", str(path), *where], environment, str(path)
+        )
+
+    planned = [tests("tests"), check("check")]
+    if options.ptxas and Path(options.ptxas).exists():
+        other = {"TRITON_PTXAS_PATH": options.ptxas, "TRITON_CACHE_DIR": str(scratch / "triton-cache")}
+        planned += [
+            check("check with the other ptxas", device="cuda", **other),
+            tests("GPU tests with the other ptxas", "tests", "-m", "gpu", **other),
+        ]
+    sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    if options.sanitizer and Path(sanitizer).exists():
+        for tool in SANITIZER_TOOLS:
+            # The reference is torch's own kernels; initcheck has much to say of some of those.
+            command = [
+                sanitizer,
+                "--tool",
+                tool,
+                "--error-exitcode",
+                "9",
+                "--kernel-name-exclude",
+                "regex=at::|cub|gemm",
+            ]
+            planned.append(check(f"check under {tool}", *command, device="cuda", PYTORCH_NO_CUDA_MEMORY_CACHING="1"))
+    return [s for s in planned if not options.only or any(o in s.name for o in options.only)]
+
+
+def read_counts(path: str) -> dict[str, int]:
+    """Counts of a junit XML file or of check's JSON; empty if the step wrote none."""
+    if not path or not Path(path).exists():
+        return {}
+    if path.endswith(".xml"):
+        suites = list(ElementTree.parse(path).getroot().iter("testsuite"))
+        total = {k: sum(int(s.get(k, 0)) for s in suites) for k in ("tests", "failures", "errors", "skipped")}
+        passed = total["tests"] - total["failures"] - total["errors"] - total["skipped"]
+        return {"passed": passed, "failed": total["failures"] + total["errors"], "skipped": total["skipped"]}
+    statuses = [r["status"] for r in json.loads(Path(path).read_text())]
+    return {status: statuses.count(status) for status in ("right", "wrong", "refused")}
+
+
+def run(step: Step, log: Path) -> dict[str, Any]:
+    start = time.monotonic()
+    with log.open("a") as out:
+        print(f"== {step.name}: {' '.join(step.command)}", file=out, flush=True)
+        try:
+            status: int | str = subprocess.run(
+                step.command,
+                env={**os.environ, **step.environment},
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                timeout=step.timeout,
+                check=False,
+            ).returncode
+        except subprocess.TimeoutExpired:
+            status = "timed out"
+    # Neither interpreter nor scratch paths belong in a report that is read elsewhere.
+    command = " ".join(c for c in step.command if not c.startswith(("/tmp", "--junit"))).replace(
+        sys.executable, "python"
+    )
+    return {
+        "step": step.name,
+        "command": command,
+        "exit_status": status,
+        "seconds": round(time.monotonic() - start, 1),
+        **read_counts(step.counts),
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", required=True, type=Path, help="the report; a log lies beside it")
+    parser.add_argument("--tree", default="unknown", help="git's hash of the tree that is tested")
+    parser.add_argument("--profile", default="nightly", help="Hypothesis profile")
+    parser.add_argument("--jobs", type=int, default=1, help="test processes")
+    parser.add_argument(
+        "--ptxas", default="/usr/local/cuda/bin/ptxas", help="another ptxas to repeat the GPU part with"
+    )
+    parser.add_argument("--no-sanitizer", dest="sanitizer", action="store_false")
+    parser.add_argument("--only", nargs="*", help="only steps whose name contains one of these")
+    options = parser.parse_args(argv)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    report: dict[str, Any] = {**environment_facts(options.tree), "steps": []}
+    with tempfile.TemporaryDirectory() as scratch:
+        for step in steps(options, Path(scratch)):
+            result = run(step, options.out.with_suffix(".log"))
+            report["steps"].append(result)
+            options.out.write_text(json.dumps(report, indent=1) + "\n")
+            print({k: v for k, v in result.items() if k != "command"}, flush=True)
+    return int(any(s["exit_status"] != 0 for s in report["steps"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

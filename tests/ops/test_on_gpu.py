@@ -1,0 +1,85 @@
+"""What only a GPU can show of every op and backend: no synchronisation, and capture into CUDA graphs."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from torch_fp4ops import OPS
+from torch_fp4ops.testing import Sample, assert_same_bytes, samples
+
+pytestmark = pytest.mark.gpu
+
+CASES = [pytest.param(name, i, id=f"{name}-{s}") for name in OPS for i, s in enumerate(samples(OPS[name]))]
+
+
+@functools.cache
+def gpu_samples(name: str) -> list[Sample]:
+    return samples(OPS[name], "cuda")
+
+
+def able(name: str, sample: Sample) -> list[str]:
+    op = OPS[name]
+    call = op.check(*sample.args, **sample.kwargs)
+    return [b for b in op.backend_names() if op.why_not(b, call) is None]
+
+
+def call(name: str, sample: Sample, backend: str) -> list[Tensor]:
+    """The outputs, or what an op that writes has written into."""
+    out = OPS[name].default(*sample.args, **{**sample.kwargs, "backend": backend})
+    return [t for t in tree_leaves(sample.args if out is None else out) if isinstance(t, Tensor)]
+
+
+@pytest.mark.parametrize(("name", "i"), CASES)
+def test_nothing_synchronises(name, i):
+    sample = gpu_samples(name)[i].clone()
+    for backend in able(name, sample):
+        call(name, sample, backend)  # first-time work may
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            call(name, sample, backend)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize(("name", "i"), CASES)
+def test_a_graph_replays_with_new_inputs(name, i):
+    """Captured on blank inputs, replayed on the sample's: equal to eager, byte for byte."""
+    sample = gpu_samples(name)[i]
+    for backend in able(name, sample):
+        wanted = call(name, sample.clone(), backend)
+        call(name, sample.clone(), backend)  # first-time work
+        static = sample.clone().map_tensors(lambda t: t.zero_() if t.dtype.is_floating_point else t)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = call(name, static, backend)
+        inputs = (tree_leaves((s.args, s.kwargs)) for s in (static, sample))
+        for target, source in zip(*inputs, strict=True):
+            if isinstance(target, Tensor):
+                target.copy_(source)
+        graph.replay()
+        torch.cuda.synchronize()
+        for a, b in zip(captured, wanted, strict=True):
+            assert_same_bytes(a, b, backend)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_poisoned_memory_changes_nothing(name):
+    """Outputs do not depend on what was in their memory: every byte is written, padding included."""
+    previous = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    for sample in gpu_samples(name):
+        for backend in able(name, sample):
+            plain = call(name, sample.clone(), backend)
+            torch.use_deterministic_algorithms(True, warn_only=True)
+            torch.utils.deterministic.fill_uninitialized_memory = True  # NaN, or the largest integer
+            try:
+                poisoned = call(name, sample.clone(), backend)
+            finally:
+                torch.use_deterministic_algorithms(previous[0])
+                torch.utils.deterministic.fill_uninitialized_memory = previous[1]
+            for a, b in zip(poisoned, plain, strict=True):
+                assert_same_bytes(a, b, f"{backend}, {sample}")
