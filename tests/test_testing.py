@@ -16,6 +16,9 @@ def test_same_bytes_sees_every_difference():
     assert_same_bytes(x, x.clone())
     nan = torch.tensor([float("nan")])
     assert_same_bytes(nan, nan.clone())
+    assert_same_bytes(nan, -nan)
+    with pytest.raises(AssertionError, match="bytes differ"):
+        assert_same_bytes(nan, torch.ones(1))
     for other, message in (
         (x + torch.tensor([0, 0, 1e-6]), "bytes differ"),
         (x.double(), "dtype"),
