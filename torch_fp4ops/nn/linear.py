@@ -240,3 +240,14 @@ class MXFP8Linear(BlockScaledLinear):
         return torch.ops.fp4.mm_mxfp8(
             a=codes, b=self.weight.T, a_descale=scales, b_descale=self.weight_scale, out_dtype=x.dtype
         )
+
+    # Python's pickle writes float8 tensors that torch can't read back; bytes it can.
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        state["_buffers"] = {**self._buffers, "weight": self.weight.view(torch.uint8)}
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.weight = self.weight.view(torch.float8_e4m3fn)
