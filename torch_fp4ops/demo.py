@@ -51,12 +51,14 @@ BATCHES = (1, 2, 5, 16, 72)
 QUICK = {"fp32", "NVFP4 W4A4"}
 QUICK_BATCHES = (1, 5, 72)
 MAX_COMPILATIONS = 2  # over all batch sizes
+_LEGEND = (
+    "cos: to the fp32 embeddings; same topic, as fp32: the nearest other sentence is of the same topic, is the one of\n"
+    "fp32; first call: one batch, and the compilation as far as no cache saved it"
+)
 
 
 @dataclass
 class Result:
-    """What one variant did."""
-
     variant: Variant
     weight_bytes: int
     cosines: Tensor  # [72]
@@ -86,7 +88,7 @@ class _RecordBackends(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen: dict[str, set[str]] = {}  # by operator
+        self.seen: dict[str, set[str]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -135,8 +137,7 @@ def _timed(function: Callable[[int], Tensor], batch: int) -> tuple[Tensor, float
 
 
 def _nearest(embeddings: Tensor) -> Tensor:
-    similarity = embeddings @ embeddings.T
-    return similarity.fill_diagonal_(-2.0).argmax(-1)
+    return (embeddings @ embeddings.T).fill_diagonal_(-2.0).argmax(-1)
 
 
 def _measure(
@@ -147,8 +148,7 @@ def _measure(
     tick: Callable[[str], None],
 ) -> Result:
     """Compile the model, run every batch size and time the largest. ``data``: ids, mask and fp32 embeddings."""
-    ids, mask, expected = data
-    counters = torch._dynamo.utils.counters
+    (ids, mask, expected), counters = data, torch._dynamo.utils.counters
     torch._dynamo.reset()
     counters.clear()
     compiled = torch.compile(model, fullgraph=True, backend=options.compile_backend)
@@ -198,10 +198,9 @@ def _table(results: Sequence[Result], expected: Tensor, topics: Sequence[str]) -
         numbers = f"{r.weight_bytes:,}|{float(r.cosines.mean()):.4f}|{r.min_cosine:.4f}|{retrieval}|{compiled}"
         rows.append([r.variant.name, *numbers.split("|")])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
-        for row in rows
-    ]
+    sides = "<" + ">" * (len(widths) - 1)
+    cells = [[f"{c:{side}{w}}" for c, side, w in zip(row, sides, widths, strict=True)] for row in rows]
+    lines = ["  ".join(row) for row in cells]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
@@ -278,11 +277,7 @@ def run(options: argparse.Namespace) -> int:
                 results.append(_measure(variant, candidate, (ids, mask, expected), options, tick))
             except torch._dynamo.exc.Unsupported as error:  # what a graph break is with fullgraph=True
                 misses.append(f"{variant.name}: graph break: {error}")
-    print(
-        _table(results, neighbours, topics),
-        "(first call: one batch, and the compilation that no cache saved)\n",
-        sep="\n",
-    )
+    print(_table(results, neighbours, topics), _LEGEND, sep="\n", end="\n\n")
     for name, chosen in sorted(record.seen.items()):
         print(f"{name}: {'; '.join(sorted(chosen))}")
     misses += _missed(results, neighbours, topics)
