@@ -34,7 +34,7 @@ help:  ## this list
 demo: $(call with,demo)  ## quantize a real model and show what changes
 	$(PY) -m torch_fp4ops demo $(ARGS)
 
-test: $(call with,test demo)  ## all tests that this machine can run
+test: $(call with,test demo bench)  ## all tests that this machine can run
 	$(PY) -m pytest $(if $(filter-out 1,$(JOBS)),-n $(JOBS)) $(ARGS)
 
 lint: $(call with,dev)  ## style and format, nothing is changed
