@@ -12,6 +12,7 @@ from ...block_quantization import dequantize_blocks
 from ...contracts import Call, Out
 from ...formats import fp4_format
 from ...registry import op
+from ...selection import Preference
 from .. import _scales
 
 
@@ -34,7 +35,16 @@ def _check_values(call: Call) -> None:
         call.require_positive("global_scale")
 
 
-@op(contract=_contract, check_values=_check_values, byte_arguments=("input", "scale"))
+_PREFERENCES = (
+    Preference(
+        "triton",
+        "cuda",
+        "NVIDIA H200: 339 us for NVFP4 32768 x 16384 to bf16, 95% of the copy rate",
+    ),
+)
+
+
+@op(preferences=_PREFERENCES, contract=_contract, check_values=_check_values, byte_arguments=("input", "scale"))
 def fp4_dequantize(
     input: Tensor,
     scale: Tensor,

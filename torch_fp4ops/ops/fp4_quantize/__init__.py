@@ -12,6 +12,7 @@ from ...block_quantization import quantize_mx, quantize_nvfp4
 from ...contracts import Call, Out
 from ...formats import MXFP4, fp4_format
 from ...registry import op
+from ...selection import Preference
 from .. import _scales
 
 
@@ -33,7 +34,16 @@ def _check_values(call: Call) -> None:
         call.require_positive("global_scale")
 
 
-@op(contract=_contract, check_values=_check_values)
+_PREFERENCES = (
+    Preference(
+        "triton",
+        "cuda",
+        "NVIDIA H200: 175 us for bf16 32768 x 8192 to NVFP4 128x4, 92% of the copy rate; the reference takes 10.4 ms",
+    ),
+)
+
+
+@op(preferences=_PREFERENCES, contract=_contract, check_values=_check_values)
 def fp4_quantize(
     input: Tensor,
     global_scale: Tensor | None = None,

@@ -12,6 +12,7 @@ from ...block_quantization import dequantize_blocks
 from ...contracts import Call, Out
 from ...formats import MXFP8
 from ...registry import op
+from ...selection import Preference
 from .. import _scales
 
 
@@ -27,7 +28,16 @@ def _contract(call: Call) -> Out:
     return Out(x.shape, call.out_dtype)
 
 
-@op(contract=_contract, byte_arguments=("scale_tensor",))
+_PREFERENCES = (
+    Preference(
+        "triton",
+        "cuda",
+        "NVIDIA H200: 394 us for 32768 x 16384 to bf16, 96% of the copy rate",
+    ),
+)
+
+
+@op(preferences=_PREFERENCES, contract=_contract, byte_arguments=("scale_tensor",))
 def mxfp8_dequantize(
     input: Tensor,
     scale_tensor: Tensor,

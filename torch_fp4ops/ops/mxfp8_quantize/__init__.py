@@ -13,6 +13,7 @@ from ...block_quantization import quantize_mx
 from ...contracts import Call, Out
 from ...formats import MXFP8
 from ...registry import op
+from ...selection import Preference
 from .. import _scales
 
 
@@ -29,7 +30,16 @@ def _contract(call: Call) -> tuple[Out, Out]:
     return Out((*x.shape[:-1], k), torch.float8_e4m3fn), Out((scale_rows * scale_cols,), torch.uint8)
 
 
-@op(contract=_contract)
+_PREFERENCES = (
+    Preference(
+        "triton",
+        "cuda",
+        "NVIDIA H200: 45.9 us for bf16 8192 x 7168, 91% of the copy rate",
+    ),
+)
+
+
+@op(preferences=_PREFERENCES, contract=_contract)
 def mxfp8_quantize(
     input: Tensor,
     is_sf_swizzled_layout: bool = True,

@@ -9,6 +9,7 @@ from ...block_quantization import quantize_nvfp4
 from ...contracts import Call, Out
 from ...formats import NVFP4
 from ...registry import op
+from ...selection import Preference
 from .. import _scales
 
 
@@ -27,7 +28,16 @@ def _check_values(call: Call) -> None:
     call.require_positive("global_scale")
 
 
-@op(contract=_contract, check_values=_check_values)
+_PREFERENCES = (
+    Preference(
+        "triton",
+        "cuda",
+        "the kernel of fp4_quantize with linear scales: NVIDIA H200: 85% of the copy rate at 8192 x 7168",
+    ),
+)
+
+
+@op(preferences=_PREFERENCES, contract=_contract, check_values=_check_values)
 def nvfp4_kv_quantize(input: Tensor, global_scale: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
     """Quantise keys or values to NVFP4 along the last dimension, with a *decode* global scale and linear scales.
 

@@ -9,6 +9,7 @@ from ...block_quantization import quantize_nvfp4
 from ...contracts import Call
 from ...formats import NVFP4
 from ...registry import op
+from ...selection import Preference
 from .. import _scales
 
 _LAYOUTS = ("NHD", "HND")
@@ -50,7 +51,17 @@ def _check_values(call: Call) -> None:
         call.require(largest < slots, "slot_mapping", f"up to {largest}", f"slots below {slots}, or negative")
 
 
+_PREFERENCES = (
+    Preference(
+        "triton",
+        "cuda",
+        "one launch for keys and values; the reference takes a dozen",
+    ),
+)
+
+
 @op(
+    preferences=_PREFERENCES,
     contract=_contract,
     check_values=_check_values,
     byte_arguments=("k_cache", "v_cache", "k_cache_sf", "v_cache_sf"),

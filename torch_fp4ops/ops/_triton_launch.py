@@ -1,0 +1,125 @@
+"""What the launchers of the Triton kernels share: which calls they can take, and how tensors are handed over."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from .. import scale_layouts
+from ..contracts import Call
+
+__all__ = [
+    "INTERPRETED",
+    "LAUNCH_OPTIONS",
+    "LAYOUT_CODES",
+    "AotCase",
+    "Tiling",
+    "global_scale_form",
+    "launch",
+    "rows_of_units",
+    "why_not",
+]
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+
+LAYOUT_CODES = {scale_layouts.LINEAR: 0, scale_layouts.SWIZZLED_128X4: 1, scale_layouts.SWIZZLED_8X4: 2}
+"""The constants of ``_triton_tiles`` that stand for the scale layouts."""
+
+_OLDEST_CAPABILITY = (8, 0)
+
+LAUNCH_OPTIONS = {
+    # Contraction of products and sums into FMAs would change bits; where one is wanted the kernels say fma.
+    "enable_fp_fusion": False,
+}
+
+
+class Tiling(NamedTuple):
+    """How a matrix of blocks is cut up: R rows by C blocks a step, SPLIT threads a block, ITERS steps a program."""
+
+    R: int
+    C: int
+    ITERS: int = 1
+    SPLIT: int = 1
+
+    @property
+    def threads(self) -> int:
+        return self.R * self.C * self.SPLIT
+
+
+class AotCase(NamedTuple):
+    """A kernel in a configuration that ships, for compilation without a GPU; ``aot_cases()`` of a module lists its own.
+
+    ``signature`` has Triton's types of the arguments that are no constants; pointers are 16-byte aligned.
+    """
+
+    name: str
+    kernel: Any
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    threads: int
+
+
+def why_not(call: Call) -> str | None:
+    """Why Triton can't run on the call's device, for any kernel here."""
+    return _why_not_on(call.device.type, call.device.index)
+
+
+@functools.cache
+def _why_not_on(device_type: str, index: int | None) -> str | None:
+    if INTERPRETED and device_type in ("cpu", "cuda"):
+        return None
+    if device_type == "cpu":
+        return "Triton kernels run on a GPU, or on the CPU in Triton's interpreter (TRITON_INTERPRET=1)"
+    if device_type != "cuda":
+        return f"Triton kernels run on CUDA and ROCm GPUs, not on {device_type}"
+    if torch.version.hip is None:
+        capability = torch.cuda.get_device_capability(index)
+        if capability < _OLDEST_CAPABILITY:
+            return f"Triton kernels need compute capability 8.0 or later, not {capability[0]}.{capability[1]}"
+    return None
+
+
+@functools.cache
+def _warp_size(device: torch.device) -> int:
+    if torch.version.hip is None or device.type == "cpu":
+        return 32
+    return torch.cuda.get_device_properties(device).warp_size
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], threads: int, device: torch.device, *args: Any, **constants: Any
+) -> None:
+    """Launch a grid of programs of so many threads on a device, which need not be the current one."""
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        guard: Any = torch.cuda.device(device)
+    else:
+        guard = contextlib.nullcontext()
+    with guard:
+        num_warps = max(1, threads // _warp_size(device))
+        kernel[grid](*args, **constants, num_warps=num_warps, **LAUNCH_OPTIONS)
+
+
+def rows_of_units(x: Tensor, unit: int = 16) -> tuple[Tensor, int]:
+    """``x`` as rows whose 16-byte units can be loaded whole, and the distance of two rows in units.
+
+    Flattens all but the last dimension; copies where a view can't have that (strided or unaligned elements).
+    """
+    rows = x.flatten(0, -2) if x.dim() > 2 else x
+    size = x.element_size()
+    stride = (rows.stride(0) if rows.shape[0] > 1 else rows.shape[1]) * size
+    if rows.stride(1) != 1 or stride % unit or rows.data_ptr() % 16:
+        rows = rows.clone(memory_format=torch.contiguous_format)
+        stride = rows.shape[1] * size
+    return rows, stride // unit
+
+
+def global_scale_form(global_scale: Tensor | None) -> tuple[Tensor | None, int]:
+    """A global scale that a kernel can index by row, and the kernels' GLOBAL: 0 none, 1 for all rows, 2 one a row."""
+    if global_scale is None:
+        return None, 0
+    return global_scale.contiguous(), 1 if global_scale.numel() == 1 else 2

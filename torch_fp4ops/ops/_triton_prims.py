@@ -1,0 +1,350 @@
+"""Leaves of the Triton kernels: blocks of values in registers, their scales, rounding and packing.
+
+All arithmetic is that of ``block_quantization``, bit for bit. There are no FP4 or FP8 casts: rounding adds a power
+of two whose last bit is the grid's step, so the hardware's own round-to-nearest-even does the work, and the code is
+read from the sum's bits. That runs alike on every GPU and in Triton's interpreter, and it avoids the round trip of a
+scale through E4M3, which some releases of ptxas compile wrongly.
+
+An *octet* is a pair ``(lo, hi)`` of fp32 tensors ``[N, 4]``: the even and the odd ones of 8 consecutive values, for
+each of N threads. Every thread holds whole octets, so packing needs no exchange between threads.
+
+Tensors of bits are uint32.
+"""
+
+# mypy: disable-error-code="assignment, var-annotated"
+# Kernels grow tuples and rebind names to other types, which Triton's compiler unrolls.
+
+import triton
+import triton.language as tl
+
+# The interpreter's minimum and maximum propagate NaN, it truncates to bfloat16 and reads bfloat16's subnormals wrongly.
+INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
+
+_FLT_MAX: tl.constexpr = tl.constexpr(3.4028234663852886e38)
+_ONE_SIXTH: tl.constexpr = tl.constexpr(0.16666667163372040)  # 1/6 and 1/448 rounded to fp32
+_ONE_448TH: tl.constexpr = tl.constexpr(0.0022321429569274187)
+
+# What the packers subtract from each byte: the exponents of the powers of two that rounding added. In E2M1's pairs
+# -2^22 and 2^22 add up to 405 + 16 * 149 = 229 mod 512.
+_E2M1_OFFSET: tl.constexpr = tl.constexpr((2 * 229 * 0x01010101) % 2**32)
+_E4M3_OFFSET: tl.constexpr = tl.constexpr((8 * 141 * 0x01010101) % 2**32)
+
+
+# Bits
+
+
+@triton.jit
+def bits(x):
+    return x.to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def from_bits(b):
+    return b.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _min_number(a, b):
+    """The smaller one; b where a is NaN."""
+    if INTERPRETED:
+        return tl.where(a < b, a, b)
+    else:
+        return tl.minimum(a, b)
+
+
+@triton.jit
+def _max_number(a, b):
+    """The larger one; b where a is NaN."""
+    if INTERPRETED:
+        return tl.where(a > b, a, b)
+    else:
+        return tl.maximum(a, b)
+
+
+@triton.jit
+def _max_or_nan(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _even_odd(x):
+    """``[N, 2P]`` to its even and odd columns, ``[N, P]`` each."""
+    return tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
+
+
+@triton.jit
+def _front_back(x):
+    """``[N, 2P]`` to its first and last P columns."""
+    return tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def _concat(front, back):
+    """Inverse of :func:`_front_back`."""
+    N: tl.constexpr = front.shape[0]
+    P: tl.constexpr = front.shape[1]
+    return tl.reshape(tl.permute(tl.join(front, back), (0, 2, 1)), (N, 2 * P))
+
+
+@triton.jit
+def _quarters(x):
+    """``[N, 4]`` to its four columns."""
+    even, odd = _even_odd(x)
+    x0, x2 = tl.split(even)
+    x1, x3 = tl.split(odd)
+    return x0, x1, x2, x3
+
+
+# Octets
+
+
+@triton.jit
+def decode_e4m3(b):
+    """fp32 values of E4M3 bytes held in uint32; 0x7F and 0xFF are NaN."""
+    # As fp32 bits the 7 low bits lie 2^-120 below their value, subnormals included.
+    magnitude = from_bits((b & 0x7F) << 20) * 1.3292279957849159e36
+    magnitude = tl.where((b & 0x7F) == 0x7F, float("nan"), magnitude)
+    return from_bits(bits(magnitude) | ((b & 0x80) << 24))
+
+
+@triton.jit
+def decode_ue8m0(b):
+    """fp32 values of UE8M0 bytes held in uint32; 255 is NaN, 2^-127 is subnormal."""
+    value = from_bits(tl.where(b == 0, 0x400000, b << 23).to(tl.uint32))
+    return tl.where(b == 0xFF, float("nan"), value)
+
+
+@triton.jit
+def _fp16_words(w):
+    lo = (w & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True)
+    hi = (w >> 16).to(tl.uint16).to(tl.float16, bitcast=True)
+    return lo.to(tl.float32), hi.to(tl.float32)
+
+
+@triton.jit
+def _bf16_words(w):
+    hi = from_bits(w & 0xFFFF0000)
+    if INTERPRETED:
+        return from_bits(w << 16), hi
+    else:
+        # A cast, not a shift, so that LLVM leaves the funnel shifts of its sign alone.
+        lo = (w & 0xFFFF).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+        return lo.to(tl.float32), hi
+
+
+@triton.jit
+def _e4m3_words(w, factor):
+    """8 values in ``[N, 2]`` words, times the factor and rounded to float16."""
+    v0 = (decode_e4m3(w & 0xFF) * factor).to(tl.float16).to(tl.float32)
+    v1 = (decode_e4m3((w >> 8) & 0xFF) * factor).to(tl.float16).to(tl.float32)
+    v2 = (decode_e4m3((w >> 16) & 0xFF) * factor).to(tl.float16).to(tl.float32)
+    v3 = (decode_e4m3(w >> 24) * factor).to(tl.float16).to(tl.float32)
+    N: tl.constexpr = w.shape[0]
+    return tl.reshape(tl.join(v0, v2), (N, 4)), tl.reshape(tl.join(v1, v3), (N, 4))
+
+
+@triton.jit
+def to_octets(units, DTYPE: tl.constexpr, OCTETS: tl.constexpr, factor):
+    """The values in 16-byte units: a tuple of ``lo`` and a tuple of ``hi``. ``factor`` ``[N, 1]`` is for E4M3 only."""
+    los = ()
+    his = ()
+    if DTYPE == tl.float32:
+        for i in tl.static_range(OCTETS):
+            lo0, hi0 = _even_odd(from_bits(units[2 * i]))
+            lo1, hi1 = _even_odd(from_bits(units[2 * i + 1]))
+            los += (_concat(lo0, lo1),)
+            his += (_concat(hi0, hi1),)
+    elif DTYPE.primitive_bitwidth == 16:
+        for i in tl.static_range(OCTETS):
+            if DTYPE == tl.bfloat16:
+                lo, hi = _bf16_words(units[i])
+            else:
+                lo, hi = _fp16_words(units[i])
+            los += (lo,)
+            his += (hi,)
+    else:
+        tl.static_assert(OCTETS % 2 == 0, "a unit of E4M3 holds two octets")
+        for i in tl.static_range(OCTETS // 2):
+            front, back = _front_back(units[i])
+            lo0, hi0 = _e4m3_words(front, factor)
+            lo1, hi1 = _e4m3_words(back, factor)
+            los += (lo0, lo1)
+            his += (hi0, hi1)
+    return los, his
+
+
+@triton.jit
+def block_amax(los, his, OCTETS: tl.constexpr, SPLIT: tl.constexpr):
+    """Largest magnitude of each block, ``[N]``; NaN if there is one. SPLIT neighbouring threads share a block."""
+    most = _max_or_nan(tl.abs(los[0]), tl.abs(his[0]))
+    for i in tl.static_range(1, OCTETS):
+        most = _max_or_nan(most, _max_or_nan(tl.abs(los[i]), tl.abs(his[i])))
+    m0, m1, m2, m3 = _quarters(most)
+    amax = _max_or_nan(_max_or_nan(m0, m1), _max_or_nan(m2, m3))
+    if SPLIT > 1:
+        N: tl.constexpr = amax.shape[0]
+        # The bits of non-negative floats are ordered as integers, NaN above all.
+        shared = tl.max(tl.reshape(bits(amax), (N // SPLIT, SPLIT)), 1, keep_dims=True)
+        amax = from_bits(tl.reshape(tl.broadcast_to(shared, (N // SPLIT, SPLIT)), (N,)))
+    return amax
+
+
+# Scales
+
+
+@triton.jit
+def _e4m3_sum(a, e):
+    """Bits of ``a`` in [0, 448] plus 2^20 times its binade ``e``: the low bits count a's steps on E4M3's grid."""
+    return bits(tl.fma(e, 1048576.0, a))
+
+
+@triton.jit
+def encode_decode(scale, INVERSED: tl.constexpr):
+    """A global scale and its reciprocal, the encode form first."""
+    if INVERSED:
+        return tl.div_rn(1.0, scale), scale
+    else:
+        return scale, tl.div_rn(1.0, scale)
+
+
+@triton.jit
+def nvfp4_scale(amax, encode, decode):
+    """E4M3 scale bytes (uint32) of blocks, and what their values are multiplied by; NaN for NaN."""
+    v = encode * (amax * _ONE_SIXTH)
+    a = _min_number(v, 448.0)
+    e = tl.maximum(from_bits(bits(a) & 0x7F800000), 0.015625)  # below 2^-6 the steps stay the same
+    z = _e4m3_sum(a, e)
+    step = tl.where(v != v, v, tl.fma(e, -1048576.0, from_bits(z)))
+    byte = tl.where(v != v, 0x7F, z + (z >> 20) - 8 * 141)
+    multiplier = tl.div_rn(1.0, step * decode)
+    multiplier = tl.where(multiplier > _FLT_MAX, _FLT_MAX, multiplier)
+    return byte.to(tl.uint32), tl.where(step == 0.0, 0.0, multiplier)
+
+
+@triton.jit
+def _ue8m0_scale(v):
+    """UE8M0 bytes (uint32) of v >= 0 rounded up to a power of two, and the power's reciprocal; NaN for NaN."""
+    b = bits(v)
+    # 2^-127, byte 0, is subnormal in fp32.
+    byte = tl.minimum((b + tl.where(b < 0x800000, 0x3FFFFF, 0x7FFFFF).to(tl.uint32)) >> 23, 254)
+    byte = tl.where(v != v, 255, byte).to(tl.uint32)
+    reciprocal = from_bits(tl.where(byte == 254, 0x400000, (254 - byte) << 23).to(tl.uint32))
+    return byte, tl.where(v != v, v, reciprocal)
+
+
+@triton.jit
+def mxfp4_scale(amax):
+    return _ue8m0_scale(amax * _ONE_SIXTH)
+
+
+@triton.jit
+def mxfp8_scale(amax):
+    return _ue8m0_scale(amax * _ONE_448TH)
+
+
+# Packing
+
+
+@triton.jit
+def _select(word, other, MASK: tl.constexpr):
+    """The bits of ``other`` under the mask, else those of ``word``."""
+    return word ^ ((word ^ other) & MASK)
+
+
+@triton.jit
+def pack_e2m1(lo, hi, multiplier):
+    """One word a thread of the E2M1 codes of an octet times the multiplier; the signs are the octet's own.
+
+    |y|, clamped to 6 (NaN too), plus 2^22 times its binade e >= 1 has |y| / (e / 2) rounded in its low bits and
+    log2(e) in its exponent; the code is the former plus twice the latter. Adding ``p >> 22`` does that for two
+    codes a nibble apart at once. Of the two sums one is negative, because only then can the exponents' sum not
+    wrap: all else that is in ``p`` above bit 22 is then the same constant for every input.
+    """
+    m = tl.expand_dims(multiplier, 1)
+    a0 = _max_number(from_bits(bits(lo * m) | 0x80000000), -6.0)
+    a1 = _min_number(tl.abs(hi * m), 6.0)
+    e0 = tl.maximum(from_bits(bits(a0) & 0x7F800000), 1.0)
+    e1 = tl.maximum(from_bits(bits(a1) & 0x7F800000), 1.0)
+    p = bits(tl.fma(e0, -4194304.0, a0)) + (bits(tl.fma(e1, 4194304.0, a1)) << 4)
+    b0, b1, b2, b3 = _quarters(p + (p >> 22))
+    # What is left of b1 above its byte reaches bit 31 only, where a sign goes; of b2 and b3 nothing is left.
+    word = (b0 & 0x7FFFFF) + (b1 << 8) + (b2 << 16) + (b3 << 24) - _E2M1_OFFSET
+    return _select(word, _signs_of_eight(lo, hi), 0x88888888)
+
+
+@triton.jit
+def _push(s, x, BITS: tl.constexpr):
+    return (s << BITS) | (x >> (32 - BITS))  # one funnel shift
+
+
+@triton.jit
+def _signs_of_eight(lo, hi):
+    """The signs of an octet on top of each nibble, the first value lowest; other bits are junk."""
+    l0, l1, l2, l3 = _quarters(bits(lo))
+    h0, h1, h2, h3 = _quarters(bits(hi))
+    s = _push(_push(h3, h3, 4), l3, 4)
+    s = _push(_push(s, h2, 4), l2, 4)
+    s = _push(_push(s, h1, 4), l1, 4)
+    return _push(_push(s, h0, 4), l0, 4)
+
+
+@triton.jit
+def _signs_of_four(x0, x1, x2, x3):
+    """The signs on top of each byte."""
+    return _push(_push(_push(_push(x3, x3, 8), x2, 8), x1, 8), x0, 8)
+
+
+@triton.jit
+def pack_e4m3(lo, hi, multiplier):
+    """Two words a thread of the E4M3 bytes of an octet times the multiplier; NaN where the multiplier is NaN.
+
+    As :func:`pack_e2m1`: |y| plus 2^20 times its binade e >= 2^-6 counts steps of e / 8.
+    """
+    m = tl.expand_dims(multiplier, 1)
+    a0 = _min_number(tl.abs(lo * m), 448.0)
+    a1 = _min_number(tl.abs(hi * m), 448.0)
+    z0 = _e4m3_sum(a0, tl.maximum(from_bits(bits(a0) & 0x7F800000), 0.015625))
+    z1 = _e4m3_sum(a1, tl.maximum(from_bits(bits(a1) & 0x7F800000), 0.015625))
+    pair = ((z0 + (z0 >> 20)) & 0x7FFFFF) + ((z1 + (z1 >> 20)) << 8)
+    p0, p1, p2, p3 = _quarters(pair)
+    l0, l1, l2, l3 = _quarters(bits(lo))
+    h0, h1, h2, h3 = _quarters(bits(hi))
+    front = p0 + (p1 << 16) - _E4M3_OFFSET
+    back = p2 + (p3 << 16) - _E4M3_OFFSET
+    front = _select(front, _signs_of_four(l0, h0, l1, h1), 0x80808080)
+    back = _select(back, _signs_of_four(l2, h2, l3, h3), 0x80808080)
+    nan = multiplier != multiplier
+    return tl.where(nan, 0x7F7F7F7F, front).to(tl.uint32), tl.where(nan, 0x7F7F7F7F, back).to(tl.uint32)
+
+
+# Decoding
+
+
+@triton.jit
+def decode_e2m1_word(word, E: tl.constexpr):
+    """fp32 values ``[N, E]`` of the E codes in ``[N, 1]`` words."""
+    shift = (28 - 4 * tl.arange(0, E)).to(tl.uint32)
+    code = (word << shift[None, :]).to(tl.int32, bitcast=True)
+    # Sign and code on top, shifted down arithmetically: as fp32 bits, 2^-126 below the value, subnormals included.
+    return ((code >> 6) & ~0x7E3FFFFF).to(tl.float32, bitcast=True) * 8.507059173023462e37
+
+
+@triton.jit
+def decode_e4m3_word(words):
+    """fp32 values ``[N, 4W]`` of the E4M3 bytes in ``[N, W]`` words."""
+    N: tl.constexpr = words.shape[0]
+    W: tl.constexpr = words.shape[1]
+    shift = (24 - 8 * tl.arange(0, 4)).to(tl.uint32)
+    code = tl.reshape(words[:, :, None] << shift[None, None, :], (N, 4 * W)).to(tl.int32, bitcast=True)
+    value = ((code >> 4) & ~0x780FFFFF).to(tl.float32, bitcast=True) * 1.3292279957849159e36  # 2^120
+    return tl.where((code & 0x7F000000) == 0x7F000000, float("nan"), value)
+
+
+@triton.jit
+def round_to(x, DTYPE: tl.constexpr):
+    if INTERPRETED and DTYPE == tl.bfloat16:
+        b = bits(x)
+        rounded = tl.where(x != x, (b >> 16) | 0x40, (b + 0x7FFF + ((b >> 16) & 1)) >> 16)
+        return rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        return x.to(DTYPE)

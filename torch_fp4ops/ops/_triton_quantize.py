@@ -1,0 +1,202 @@
+"""The Triton kernel that quantises rows of values in blocks: NVFP4, MXFP4 and MXFP8, in every scale layout.
+
+A thread holds a whole block (or 1 / SPLIT of one), so amax, scale and packing stay in registers. A program holds R
+rows by C blocks at a time. In the 128x4 layout the R rows lie 32 apart, because the scales of such rows are
+neighbours in memory. Programs cover the padded shape of the scales; the padding is written by whoever owns it.
+"""
+
+# mypy: disable-error-code="assignment, var-annotated"
+# Kernels grow tuples and rebind names to other types, which Triton's compiler unrolls.
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import scale_layouts
+from ..formats import FORMATS, MXFP8, NVFP4, BlockFormat
+from . import _triton_prims as p
+from . import _triton_tiles as t
+from ._triton_launch import (
+    INTERPRETED,
+    LAYOUT_CODES,
+    AotCase,
+    Tiling,
+    global_scale_form,
+    launch,
+    rows_of_units,
+)
+
+__all__ = ["quantize_kernel", "quantize_rows"]
+
+_SIZES = ["rows", "row_units", "blocks", "out_blocks", "padded_rows", "padded_cols", "col_tiles"]
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def quantize_kernel(
+    x_ptr,
+    global_scale_ptr,
+    payload_ptr,
+    scales_ptr,
+    rows,
+    row_units,  # 16-byte units from one row of x to the next
+    blocks,  # of a row of x
+    out_blocks,  # of a row of the payload: more than x has where K is padded
+    padded_rows,
+    padded_cols,
+    col_tiles,
+    FORMAT: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    GLOBAL: tl.constexpr,
+    INVERSED: tl.constexpr,
+    SPLIT: tl.constexpr,
+    R: tl.constexpr,
+    C: tl.constexpr,
+    ITERS: tl.constexpr,
+):
+    BLOCK: tl.constexpr = 16 if FORMAT == "nvfp4" else 32
+    OCTETS: tl.constexpr = BLOCK // 8 // SPLIT
+    WORDS: tl.constexpr = OCTETS * 2 if FORMAT == "mxfp8" else OCTETS
+    UNITS: tl.constexpr = BLOCK * x_ptr.dtype.element_ty.primitive_bitwidth // 128 // SPLIT
+    pid = tl.program_id(0)
+    row, col, part = t.position(pid, col_tiles, 0, LAYOUT, R, C, SPLIT, ITERS)
+    there = (row < rows) & (col < blocks)
+    units = t.load_units(x_ptr, row.to(tl.int64) * row_units + (col * SPLIT + part) * UNITS, there, UNITS)
+    encode = tl.full((1,), 1.0, tl.float32)
+    decode = encode
+    if GLOBAL == 1:
+        encode, decode = p.encode_decode(tl.load(global_scale_ptr + tl.arange(0, 1)), INVERSED)
+    for i in tl.static_range(ITERS):
+        row, col, part = t.position(pid, col_tiles, i, LAYOUT, R, C, SPLIT, ITERS)
+        there = (row < rows) & (col < blocks)
+        if i + 1 < ITERS:  # loaded before this step stores, past which the compiler moves no load
+            next_row, _, _ = t.position(pid, col_tiles, i + 1, LAYOUT, R, C, SPLIT, ITERS)
+            next_there = (next_row < rows) & (col < blocks)
+            unit = next_row.to(tl.int64) * row_units + (col * SPLIT + part) * UNITS
+            next_units = t.load_units(x_ptr, unit, next_there, UNITS)
+        if GLOBAL == 2:
+            encode, decode = p.encode_decode(tl.load(global_scale_ptr + row, mask=there, other=1.0), INVERSED)
+        los, his = p.to_octets(units, x_ptr.dtype.element_ty, OCTETS, tl.expand_dims(6.0 * decode, 1))
+        amax = p.block_amax(los, his, OCTETS, SPLIT)
+        if FORMAT == "nvfp4":
+            byte, multiplier = p.nvfp4_scale(amax, encode, decode)
+        elif FORMAT == "mxfp4":
+            byte, multiplier = p.mxfp4_scale(amax)
+        else:
+            byte, multiplier = p.mxfp8_scale(amax)
+
+        words = ()
+        for j in tl.static_range(OCTETS):
+            if FORMAT == "mxfp8":
+                front, back = p.pack_e4m3(los[j], his[j], multiplier)
+                words += (tl.where(there, front, 0), tl.where(there, back, 0))
+            else:
+                words += (p.pack_e2m1(los[j], his[j], multiplier),)
+        place = (row.to(tl.int64) * out_blocks + col) * SPLIT + part
+        t.store_words(payload_ptr, place, words, (row < rows) & (col < out_blocks), WORDS)
+        byte = tl.where(there, byte, 0).to(tl.uint8)
+        offset = t.scale_offset(row, col, padded_cols, LAYOUT)
+        tl.store(scales_ptr + offset, byte, mask=(row < padded_rows) & (col < padded_cols) & (part == 0))
+        if i + 1 < ITERS:
+            units = next_units
+
+
+def tiling(fmt: BlockFormat, layout: str, rows: int, blocks: int) -> Tiling:
+    """How a call is cut up. Few rows take one step a program, so that more programs share the latency."""
+    if INTERPRETED:  # few programs, as each takes long
+        return Tiling(128, 16)
+    return _tiling_on_gpu(fmt, layout, rows, blocks)
+
+
+def _tiling_on_gpu(fmt: BlockFormat, layout: str, rows: int, blocks: int) -> Tiling:
+    split = 2 if fmt is MXFP8 else 1
+    tile = Tiling(1, 128, SPLIT=split) if layout == scale_layouts.LINEAR else Tiling(4, 32, SPLIT=split)
+    return tile._replace(ITERS=4 if rows * blocks * fmt.block_size >= 1 << 22 else 1)
+
+
+def shipped_tilings(fmt: BlockFormat, layout: str) -> list[Tiling]:
+    """Whatever :func:`tiling` returns."""
+    return list(dict.fromkeys(_tiling_on_gpu(fmt, layout, 1 << i, 1 << 8) for i in range(20)))
+
+
+def quantize_rows(
+    x: Tensor,
+    fmt: BlockFormat,
+    layout: str,
+    global_scale: Tensor | None,
+    inversed: bool,
+    payload: Tensor,
+    scales: Tensor,
+    k_padded: int | None = None,
+    tile: Tiling | None = None,
+) -> None:
+    """Quantise ``x``, flattened to rows, into ``payload`` and ``scales``, every byte of which is written."""
+    if not scales.numel() and not payload.numel():
+        return
+    if x.dtype == torch.float8_e4m3fn:
+        x = x.view(torch.uint8)  # Triton knows no E4M3 on compute capability 8.0
+    x, row_units = rows_of_units(x)
+    rows, k = x.shape
+    blocks = k // fmt.block_size
+    out_blocks = (k_padded or k) // fmt.block_size
+    padded_rows, padded_cols = scale_layouts.scale_shape(rows, out_blocks, layout)
+    if tile is None:
+        tile = tiling(fmt, layout, rows, out_blocks)
+    global_scale, form = global_scale_form(global_scale)
+    col_tiles = triton.cdiv(padded_cols, tile.C)
+    launch(
+        quantize_kernel,
+        (triton.cdiv(padded_rows, tile.R * tile.ITERS) * col_tiles,),
+        tile.threads,
+        x.device,
+        x,
+        global_scale,
+        payload,
+        scales,
+        rows,
+        row_units,
+        blocks,
+        out_blocks,
+        padded_rows,
+        padded_cols,
+        col_tiles,
+        FORMAT=fmt.name,
+        LAYOUT=LAYOUT_CODES[layout],
+        GLOBAL=form,
+        INVERSED=inversed,
+        SPLIT=tile.SPLIT,
+        R=tile.R,
+        C=tile.C,
+        ITERS=tile.ITERS,
+    )
+
+
+_LARGE = 1 << 16
+
+
+def aot_cases() -> Iterator[AotCase]:
+    """Every format in every layout, the dtypes and forms of global scale for NVFP4, few rows and many."""
+    for fmt in FORMATS.values():
+        form = 1 if fmt.has_global_scale else 0
+        for layout in scale_layouts.LAYOUTS:
+            yield _aot_case(fmt, layout, "bf16", form, False, _LARGE)
+        yield _aot_case(fmt, scale_layouts.SWIZZLED_128X4, "bf16", form, False, 1)
+        yield _aot_case(fmt, scale_layouts.SWIZZLED_128X4, "fp32", form, False, _LARGE)
+    for dtype, form, inversed in (("fp16", 2, False), ("u8", 1, True), ("bf16", 1, True)):
+        yield _aot_case(NVFP4, scale_layouts.SWIZZLED_128X4, dtype, form, inversed, _LARGE)
+
+
+def _aot_case(fmt: BlockFormat, layout: str, dtype: str, form: int, inversed: bool, rows: int) -> AotCase:
+    tile = tiling(fmt, layout, rows, 1 << 8)
+    signature = {"x_ptr": f"*{dtype}", "payload_ptr": "*u8", "scales_ptr": "*u8", **dict.fromkeys(_SIZES, "i32")}
+    constants = {"FORMAT": fmt.name, "LAYOUT": LAYOUT_CODES[layout], "GLOBAL": form, "INVERSED": inversed}
+    if form:
+        signature["global_scale_ptr"] = "*fp32"
+    else:
+        constants["global_scale_ptr"] = None
+    name = f"quantize-{fmt.name}-{layout}-{dtype}-gs{form}{'i' * inversed}-{tile.R}x{tile.C}x{tile.ITERS}s{tile.SPLIT}"
+    return AotCase(name, quantize_kernel, signature, {**constants, **tile._asdict()}, tile.threads)

@@ -1,0 +1,108 @@
+"""Leaves of the Triton kernels: which thread has which block, and how it loads, stores and finds its scale."""
+
+# mypy: disable-error-code="assignment, var-annotated"
+# Kernels grow tuples and rebind names to other types, which Triton's compiler unrolls.
+
+import triton
+import triton.language as tl
+
+# constexpr names of the scale layouts and of the forms a global scale comes in
+LINEAR: tl.constexpr = tl.constexpr(0)
+SWIZZLED_128X4: tl.constexpr = tl.constexpr(1)
+SWIZZLED_8X4: tl.constexpr = tl.constexpr(2)
+
+
+@triton.jit
+def position(pid, col_tiles, i, LAYOUT: tl.constexpr, R: tl.constexpr, C: tl.constexpr, SPLIT: tl.constexpr, ITERS):
+    """Row, block and part of a block of each thread in step i of a program."""
+    pid = pid.to(tl.uint32)  # unsigned, so that powers of two divide by shifts
+    col_tiles = col_tiles.to(tl.uint32)
+    n = tl.arange(0, R * C * SPLIT)
+    part = n % SPLIT
+    n = n // SPLIT
+    # Eight neighbours along K, then the R rows: what a warp loads and stores stays in long runs.
+    W: tl.constexpr = min(8, C)
+    col = (pid % col_tiles) * C + n % W + n // (W * R) * W
+    strip = n // W % R
+    step = pid // col_tiles * ITERS + i
+    if LAYOUT == SWIZZLED_128X4:
+        S: tl.constexpr = 128 // R
+        row = step // S * 128 + step % S + strip * S
+    else:
+        row = step * R + strip
+    return row.to(tl.int32), col.to(tl.int32), part
+
+
+@triton.jit
+def scale_offset(row, col, padded_cols, LAYOUT: tl.constexpr):
+    """Where the scale of (row, col) lies in its layout (see ``scale_layouts``), int64."""
+    if LAYOUT == LINEAR:
+        return row.to(tl.int64) * padded_cols + col
+    elif LAYOUT == SWIZZLED_128X4:
+        tile = (row >> 7).to(tl.int64) * (padded_cols * 128)
+        return tile + ((col >> 2) * 512 + (row & 31) * 16 + ((row >> 5) & 3) * 4 + (col & 3))
+    else:
+        tile = (row >> 3).to(tl.int64) * (padded_cols * 8)
+        return tile + ((col >> 2) * 32 + (row & 7) * 4 + (col & 3))
+
+
+@triton.jit
+def _load_words(ptr, offset, mask):
+    """16 bytes a thread, as ``[N, 4]`` words. No value is defined where the mask is off."""
+    # A pointer's divisibility by 16 and that of the offset are what lets these be one 128-bit load.
+    words = ptr.to(tl.pointer_type(tl.uint32)) + offset[:, None] * 4 + tl.arange(0, 4)[None, :]
+    return tl.load(words, mask=mask[:, None])
+
+
+@triton.jit
+def load_units(ptr, offset, mask, UNITS: tl.constexpr):
+    """UNITS consecutive 16-byte units a thread; ``offset`` ``[N]`` counts them. ``ptr`` is 16-byte aligned."""
+    units = ()
+    for i in tl.static_range(UNITS):
+        units += (_load_words(ptr, offset + i, mask),)
+    return units
+
+
+@triton.jit
+def load_narrow(ptr, offset, mask, BYTES: tl.constexpr):
+    """BYTES (2, 4 or 8) a thread, as ``[N, 1]`` or ``[N, 2]`` words; ``offset`` ``[N]`` counts such groups."""
+    if BYTES == 8:
+        pair = ptr.to(tl.pointer_type(tl.uint32)) + offset[:, None] * 2 + tl.arange(0, 2)[None, :]
+        return tl.load(pair, mask=mask[:, None], other=0)
+    elif BYTES == 4:
+        return tl.expand_dims(tl.load(ptr.to(tl.pointer_type(tl.uint32)) + offset, mask=mask, other=0), 1)
+    else:
+        half = tl.load(ptr.to(tl.pointer_type(tl.uint16)) + offset, mask=mask, other=0)
+        return tl.expand_dims(half.to(tl.uint32), 1)
+
+
+@triton.jit
+def store_words(ptr, offset, words, mask, WORDS: tl.constexpr):
+    """WORDS words a thread, in stores as wide as they can be. ``offset`` ``[N]`` counts groups of WORDS words."""
+    start = ptr.to(tl.pointer_type(tl.uint32))
+    if WORDS == 1:
+        tl.store(start + offset, words[0], mask=mask)
+    elif WORDS == 2:
+        tl.store(
+            start + offset[:, None] * 2 + tl.arange(0, 2)[None, :], tl.join(words[0], words[1]), mask=mask[:, None]
+        )
+    else:
+        for i in tl.static_range(WORDS // 4):
+            four = tl.join(tl.join(words[4 * i], words[4 * i + 2]), tl.join(words[4 * i + 1], words[4 * i + 3]))
+            four = tl.reshape(four, (four.shape[0], 4))
+            tl.store(start + offset[:, None] * WORDS + 4 * i + tl.arange(0, 4)[None, :], four, mask=mask[:, None])
+
+
+@triton.jit
+def store_eight_bytes(ptr, offset, word0, word1, mask, STORE: tl.constexpr):
+    """Two words a thread, in stores of STORE (8, 4 or 1) bytes; ``offset`` ``[N]`` counts those."""
+    if STORE == 8:
+        store_words(ptr, offset, (word0, word1), mask, 2)
+    elif STORE == 4:
+        start = ptr.to(tl.pointer_type(tl.uint32)) + offset
+        tl.store(start, word0, mask=mask)
+        tl.store(start + 1, word1, mask=mask)
+    else:
+        for i in tl.static_range(4):
+            tl.store(ptr + offset + i, (word0 >> (8 * i)).to(tl.uint8), mask=mask)
+            tl.store(ptr + offset + 4 + i, (word1 >> (8 * i)).to(tl.uint8), mask=mask)

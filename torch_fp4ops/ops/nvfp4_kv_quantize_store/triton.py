@@ -1,0 +1,201 @@
+"""nvfp4_kv_quantize_store in Triton: keys and values in one launch, straight into the paged cache.
+
+Any GPU from compute capability 8.0, ROCm included. A thread holds one block of 16.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...formats import NVFP4
+from .. import _triton_prims as p
+from .. import _triton_tiles as t
+from .._triton_launch import AotCase, launch, why_not
+from . import nvfp4_kv_quantize_store
+
+_SIZES = ["n", "slots", "heads", "col_tiles"]
+_STRIDES = ["x_row", "x_head", "page", "entry", "head", "sf_page", "sf_entry", "sf_head"]
+
+
+@triton.jit
+def _quantize_store(
+    x_ptr,
+    slot_ptr,
+    cache_ptr,
+    sf_ptr,
+    scale_ptr,
+    n,
+    slots,
+    heads,
+    col_tiles,
+    strides,
+    PAGE_SIZE: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    STORE: tl.constexpr,
+    T: tl.constexpr,
+    C: tl.constexpr,
+):
+    x_row, x_head, page, entry, head, sf_page, sf_entry, sf_head = strides
+    UNITS: tl.constexpr = x_ptr.dtype.element_ty.primitive_bitwidth // 8
+    i = tl.arange(0, T * C)
+    pid = tl.program_id(0)
+    row = pid // col_tiles * T + i // C
+    col = pid % col_tiles * C + i % C
+    h = col // BLOCKS
+    block = col % BLOCKS
+    there = (row < n) & (h < heads)
+    unit = row.to(tl.int64) * x_row + h.to(tl.int64) * x_head + block * UNITS
+    units = t.load_units(x_ptr, unit, there, UNITS)
+    slot = tl.load(slot_ptr + row, mask=there, other=-1).to(tl.int64)
+    encode, decode = p.encode_decode(tl.load(scale_ptr + tl.arange(0, 1)), True)
+    los, his = p.to_octets(units, x_ptr.dtype.element_ty, 2, None)
+    byte, multiplier = p.nvfp4_scale(p.block_amax(los, his, 2, 1), encode, decode)
+    word0 = p.pack_e2m1(los[0], his[0], multiplier)
+    word1 = p.pack_e2m1(los[1], his[1], multiplier)
+
+    kept = (slot >= 0) & (slot < slots)
+    h = h.to(tl.int64)
+    place = slot // PAGE_SIZE * page + slot % PAGE_SIZE * entry + h * head + block * (8 // STORE)
+    t.store_eight_bytes(cache_ptr, place, word0, word1, kept, STORE)
+    place = slot // PAGE_SIZE * sf_page + slot % PAGE_SIZE * sf_entry + h * sf_head + block
+    tl.store(sf_ptr + place, byte.to(tl.uint8), mask=kept)
+
+
+@triton.jit(do_not_specialize=[*_SIZES, *(f"{kv}_{s}" for kv in "kv" for s in _STRIDES)])
+def quantize_store_kernel(
+    key_ptr,
+    value_ptr,
+    slot_ptr,
+    k_cache_ptr,
+    v_cache_ptr,
+    k_sf_ptr,
+    v_sf_ptr,
+    k_scale_ptr,
+    v_scale_ptr,
+    n,
+    slots,
+    heads,
+    col_tiles,
+    k_x_row,
+    k_x_head,
+    k_page,
+    k_entry,
+    k_head,
+    k_sf_page,
+    k_sf_entry,
+    k_sf_head,
+    v_x_row,
+    v_x_head,
+    v_page,
+    v_entry,
+    v_head,
+    v_sf_page,
+    v_sf_entry,
+    v_sf_head,
+    PAGE_SIZE: tl.constexpr,
+    BLOCKS: tl.constexpr,  # of 16, in a head
+    STORE: tl.constexpr,  # bytes by which all of the cache is aligned: 8, 4 or 1
+    T: tl.constexpr,
+    C: tl.constexpr,
+):
+    """T rows by C blocks a program; program_id(1) is 0 for keys, 1 for values."""
+    k_strides = (k_x_row, k_x_head, k_page, k_entry, k_head, k_sf_page, k_sf_entry, k_sf_head)
+    v_strides = (v_x_row, v_x_head, v_page, v_entry, v_head, v_sf_page, v_sf_entry, v_sf_head)
+    # fmt: off
+    if tl.program_id(1) == 0:
+        _quantize_store(key_ptr, slot_ptr, k_cache_ptr, k_sf_ptr, k_scale_ptr, n, slots, heads, col_tiles,
+                        k_strides, PAGE_SIZE, BLOCKS, STORE, T, C)
+    else:
+        _quantize_store(value_ptr, slot_ptr, v_cache_ptr, v_sf_ptr, v_scale_ptr, n, slots, heads, col_tiles,
+                        v_strides, PAGE_SIZE, BLOCKS, STORE, T, C)
+    # fmt: on
+
+
+def _new_rows(x: Tensor, n: int) -> tuple[Tensor, int, int]:
+    """``x[:n]`` with blocks that can be loaded in 16-byte units, and its strides in units."""
+    x = x[:n]
+    size = x.element_size()
+    strides = [s * size if d > 1 else 0 for s, d in zip(x.stride(), x.shape, strict=True)]
+    if x.stride(2) != 1 or strides[0] % 16 or strides[1] % 16 or x.data_ptr() % 16:
+        x = x.clone(memory_format=torch.contiguous_format)
+        strides = [s * size for s in x.stride()]
+    return x, strides[0] // 16, strides[1] // 16
+
+
+def _cache_strides(cache: Tensor, kv_layout: str) -> tuple[int, int, int]:
+    """From page to page, entry to entry and head to head; 0 where there is but one."""
+    page, a, b, _ = (s if d > 1 else 0 for s, d in zip(cache.stride(), cache.shape, strict=True))
+    return (page, a, b) if kv_layout == "NHD" else (page, b, a)
+
+
+@nvfp4_kv_quantize_store.backend("triton", unsupported=why_not)
+def nvfp4_kv_quantize_store_triton(
+    append_key: Tensor,
+    append_value: Tensor,
+    slot_mapping: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k_cache_sf: Tensor,
+    v_cache_sf: Tensor,
+    k_scale: Tensor,
+    v_scale: Tensor,
+    kv_layout: str = "NHD",
+    *,
+    backend: str = "auto",
+) -> None:
+    n, heads, blocks = slot_mapping.shape[0], append_key.shape[1], append_key.shape[2] // NVFP4.block_size
+    if not n * heads * blocks or not k_cache.numel():
+        return
+    key, *key_strides = _new_rows(append_key, n)
+    value, *value_strides = _new_rows(append_value, n)
+    k_strides, v_strides = _cache_strides(k_cache, kv_layout), _cache_strides(v_cache, kv_layout)
+    alignment = math.gcd(8, k_cache.data_ptr(), v_cache.data_ptr(), *k_strides, *v_strides)
+    store = {8: 8, 4: 4}.get(alignment, 1)
+    page_size = k_cache.shape[1 if kv_layout == "NHD" else 2]
+    T, C = tiling(n, heads * blocks)
+    col_tiles = triton.cdiv(heads * blocks, C)
+    launch(
+        quantize_store_kernel,
+        (triton.cdiv(n, T) * col_tiles, 2),
+        T * C,
+        key.device,
+        *(key, value, slot_mapping.contiguous(), k_cache, v_cache, k_cache_sf, v_cache_sf, k_scale, v_scale),
+        *(n, k_cache.shape[0] * page_size, heads, col_tiles),
+        *(*key_strides, *(s // store for s in k_strides), *_cache_strides(k_cache_sf, kv_layout)),
+        *(*value_strides, *(s // store for s in v_strides), *_cache_strides(v_cache_sf, kv_layout)),
+        PAGE_SIZE=page_size,
+        BLOCKS=blocks,
+        STORE=store,
+        T=T,
+        C=C,
+    )
+
+
+def tiling(n: int, cols: int) -> tuple[int, int]:
+    """Rows by blocks of a program, powers of two."""
+    C = min(64, triton.next_power_of_2(cols))
+    return max(1, (64 if n * cols < 1 << 14 else 128) // C), C
+
+
+def aot_cases() -> Iterator[AotCase]:
+    """One for each size of store, a decoding step's tile and a prefill's, D = 128 and a D that is no power of two."""
+    pointers = {f"{kv}_{name}_ptr": "*u8" for kv in "kv" for name in ("cache", "sf")}
+    pointers |= {f"{kv}_scale_ptr": "*fp32" for kv in "kv"}
+    sizes = dict.fromkeys((*_SIZES, *(f"{kv}_{s}" for kv in "kv" for s in _STRIDES)), "i32")
+    for dtype, store, blocks, n in (
+        ("bf16", 8, 8, 1),
+        ("bf16", 8, 8, 1 << 16),
+        ("fp16", 4, 7, 1 << 16),
+        ("fp32", 1, 8, 1 << 16),
+    ):
+        T, C = tiling(n, 8 * blocks)
+        x = {"key_ptr": f"*{dtype}", "value_ptr": f"*{dtype}", "slot_ptr": "*i64"}
+        constants = {"PAGE_SIZE": 16, "BLOCKS": blocks, "STORE": store, "T": T, "C": C}
+        name = f"kv_store-{dtype}-D{blocks * 16}-store{store}-{T}x{C}"
+        yield AotCase(name, quantize_store_kernel, {**x, **pointers, **sizes}, constants, T * C)
