@@ -69,9 +69,11 @@ def steps(options: argparse.Namespace, scratch: Path) -> list[Step]:
         command = [*python, "pytest", "-q", "-p", "no:cacheprovider", *jobs, f"--junit-xml={xml}", *selection]
         return Step(name, command, {**nightly, **environment}, str(xml))
 
-    def check(name: str, *prefix: str, device: str | None = None, **environment: str) -> Step:
+    def check(
+        name: str, *prefix: str, device: str | None = None, backend: str | None = None, **environment: str
+    ) -> Step:
         path = scratch / f"{name.replace(' ', '-')}.json"
-        where = ["--device", device] if device else []
+        where = [*(["--device", device] if device else []), *(["--backend", backend] if backend else [])]
         return Step(
             name, [*prefix, *python, "torch_fp4ops", "check", "--json", str(path), *where], environment, str(path)
         )
@@ -80,7 +82,7 @@ def steps(options: argparse.Namespace, scratch: Path) -> list[Step]:
     if options.ptxas and Path(options.ptxas).exists():
         other = {"TRITON_PTXAS_PATH": options.ptxas, "TRITON_CACHE_DIR": str(scratch / "triton-cache")}
         planned += [
-            check("check with the other ptxas", device="cuda", **other),
+            check("check with the other ptxas", device="cuda", backend="triton", **other),
             tests("GPU tests with the other ptxas", "tests", "-m", "gpu", **other),
         ]
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"

@@ -30,10 +30,10 @@ def devices() -> list[str]:
     return ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
-def check_op(op: Op, device: str) -> Iterator[Result]:
+def check_op(op: Op, device: str, backends: Sequence[str]) -> Iterator[Result]:
     for sample in samples(op, device):
         call = op.check(*sample.args, **sample.kwargs)
-        for backend in op.backend_names():
+        for backend in backends:
             where = (device, op.name, backend, sample.name)
             reason = op.why_not(backend, call)
             if reason is not None:
@@ -47,18 +47,24 @@ def check_op(op: Op, device: str) -> Iterator[Result]:
                 yield Result(*where, "right")
 
 
-def run(op_names: Sequence[str], device_names: Sequence[str], json_path: str | None = None) -> int:
-    """Check, print a table and what is wrong; returns the exit status, 1 if anything is wrong."""
+def run(
+    op_names: Sequence[str], device_names: Sequence[str], backend: str | None = None, json_path: str | None = None
+) -> int:
+    """Check, print a table and what is wrong; returns the exit status, 1 if anything is wrong.
+
+    ``backend`` restricts the check to one; None is every backend that each op has.
+    """
     results = []
     print(f"{'op':26} {'device':7} {'backend':12} {'right':>6} {'wrong':>6} {'refused':>8}")
     for name in op_names:
+        backends = [b for b in OPS[name].backend_names() if backend in (None, b)]
         for device in device_names:
-            found = list(check_op(OPS[name], device))
+            found = list(check_op(OPS[name], device, backends))
             results += found
-            for backend in OPS[name].backend_names():
-                counts = Counter(r.status for r in found if r.backend == backend)
-                reasons = {r.detail for r in found if r.backend == backend and r.status == "refused"}
-                row = f"{name:26} {device:7} {backend:12} {counts['right']:6} {counts['wrong']:6} {counts['refused']:8}"
+            for b in backends:
+                counts = Counter(r.status for r in found if r.backend == b)
+                reasons = {r.detail for r in found if r.backend == b and r.status == "refused"}
+                row = f"{name:26} {device:7} {b:12} {counts['right']:6} {counts['wrong']:6} {counts['refused']:8}"
                 print(row + (f"  {'; '.join(sorted(reasons))}" if reasons else ""), flush=True)
     wrong = [r for r in results if r.status == "wrong"]
     for r in wrong:

@@ -40,7 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     unknown = set(names) - set(OPS)
     if unknown:
         parser.error(f"there is no op {', '.join(sorted(unknown))}; the ops are {', '.join(sorted(OPS))}")
-    return check.run(names, [options.device] if options.device else check.devices(), options.json)
+    where = [options.device] if options.device else check.devices()
+    return check.run(names, where, options.backend, options.json)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -62,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     checking = commands.add_parser("check", help="run every op on every backend here and compare with the reference")
     checking.add_argument("ops", nargs="*", help="ops to check (default: all)")
     checking.add_argument("--device", choices=check.devices(), help="default: all that this machine has")
+    checking.add_argument("--backend", help="only this one (default: all)")
     checking.add_argument("--json", metavar="FILE", help="write every result to a file")
     commands.add_parser("demo", help="quantise a real model and compare its embeddings (--help for its options)")
     commands.add_parser("bench", help="benchmarks, from a checkout of the repository (--help for its options)")

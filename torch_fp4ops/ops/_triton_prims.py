@@ -133,12 +133,19 @@ def _bf16_words(w):
 
 
 @triton.jit
+def _e4m3_value(b, factor):
+    """A value times the factor, rounded to float16. The sign is put back last: a NaN's is lost in arithmetic."""
+    magnitude = bits((decode_e4m3(b & 0x7F) * factor).to(tl.float16).to(tl.float32)) & 0x7FFFFFFF
+    return from_bits(magnitude | ((b & 0x80) << 24))
+
+
+@triton.jit
 def _e4m3_words(w, factor):
     """8 values in ``[N, 2]`` words, times the factor and rounded to float16."""
-    v0 = (decode_e4m3(w & 0xFF) * factor).to(tl.float16).to(tl.float32)
-    v1 = (decode_e4m3((w >> 8) & 0xFF) * factor).to(tl.float16).to(tl.float32)
-    v2 = (decode_e4m3((w >> 16) & 0xFF) * factor).to(tl.float16).to(tl.float32)
-    v3 = (decode_e4m3(w >> 24) * factor).to(tl.float16).to(tl.float32)
+    v0 = _e4m3_value(w & 0xFF, factor)
+    v1 = _e4m3_value((w >> 8) & 0xFF, factor)
+    v2 = _e4m3_value((w >> 16) & 0xFF, factor)
+    v3 = _e4m3_value(w >> 24, factor)
     N: tl.constexpr = w.shape[0]
     return tl.reshape(tl.join(v0, v2), (N, 4)), tl.reshape(tl.join(v1, v3), (N, 4))
 

@@ -44,26 +44,30 @@ def samples(op: Op, device: str | torch.device = "cpu") -> list[Sample]:
 
 
 def assert_right(op: Op, sample: Sample, backend: str) -> None:
-    """Run a backend on a copy of the sample and check what it gives, or writes.
+    """Run a backend on a copy of the sample and check what it gives, or writes, against the reference on the CPU.
 
     Where the op's samples module has an ``assert_close(out, *args, **kwargs)`` it decides (GEMMs: an error bound
     against a float64 oracle); everything else must equal the reference byte for byte.
 
     Raises AssertionError if the result is wrong, and whatever the op raises.
     """
-    copy = sample.clone()
-    out = op.run_backend(backend, *copy.args, **{**copy.kwargs, "backend": backend})
+    given = sample.clone()
+    out = op.run_backend(backend, *given.args, **{**given.kwargs, "backend": backend})
+    on_cpu = sample.map_tensors(_to_cpu)
     assert_close = getattr(_samples_module(op), "assert_close", None)
     if assert_close is not None:
-        assert_close(out, *sample.args, **sample.kwargs)
+        assert_close(_to_cpu(out), *on_cpu.args, **on_cpu.kwargs)
         return
-    expected = sample.clone()
-    wanted = op.run_backend("reference", *expected.args, **expected.kwargs)
+    wanted = op.run_backend("reference", *on_cpu.args, **on_cpu.kwargs)
     # Inputs too: ops that write give nothing back, and no op may write elsewhere.
-    results, references = (tree_leaves(t) for t in ((out, copy.args), (wanted, expected.args)))
+    results, references = tree_leaves((out, given.args)), tree_leaves((wanted, on_cpu.args))
     for i, (a, b) in enumerate(zip(results, references, strict=True)):
         if isinstance(a, Tensor):
-            assert_same_bytes(a, b, f"tensor {i} of outputs and arguments")
+            assert_same_bytes(_to_cpu(a), b, f"tensor {i} of outputs and arguments")
+
+
+def _to_cpu(t: Tensor) -> Tensor:
+    return _clone_strided(t, "cpu")
 
 
 def _samples_module(op: Op) -> ModuleType:

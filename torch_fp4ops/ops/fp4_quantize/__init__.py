@@ -101,7 +101,8 @@ def fp4_quantize(
         assert global_scale is not None
         encode, decode = _scales.encode_decode(global_scale, is_global_scale_inversed)
         if input.dtype == torch.float8_e4m3fn:
-            rows = (rows.float() * (6.0 * decode)).half()
+            # The sign of a NaN would be the hardware's choice.
+            rows = torch.copysign((rows.float() * (6.0 * decode)).half(), rows.float())
         packed, scales = quantize_nvfp4(rows, encode, decode)
     layout = scale_layouts.layout_from_flags(is_sf_swizzled_layout, is_sf_8x4_layout)
     return packed.reshape(*input.shape[:-1], packed.shape[-1]), scale_layouts.swizzle(scales, layout)
