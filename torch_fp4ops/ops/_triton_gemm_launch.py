@@ -1,0 +1,384 @@
+"""Launches the matrix product of ``_triton_gemm``: operands, configurations, split K, and the cases compiled offline.
+
+Configurations stand in a table by architecture and number of rows; nothing is tuned at run time, so a call's result
+depends on its arguments alone. Splits of K are summed in a fixed order.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import scale_layouts
+from ..formats import FORMATS, BlockFormat
+from ._triton_gemm import matmul_kernel, sum_splits_kernel
+from ._triton_launch import INTERPRETED, LAYOUT_CODES, AotCase, global_scale_form, launch, rows_of_units
+
+__all__ = ["Config", "Grouping", "Operand", "architecture", "configuration", "matmul", "matmul_cases"]
+
+PLAIN = "plain"
+_PACK = {PLAIN: 1, "nvfp4": 2, "mxfp4": 2, "mxfp8": 1}
+_TRITON_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+
+
+class Operand(NamedTuple):
+    """One side of a product: rows along K, with the scales of a block-scaled format in their layout.
+
+    ``elements`` is ``[rows, K]`` in 16 bits, or packed; b is contiguous and may have a leading dimension of experts.
+    """
+
+    elements: Tensor
+    format: str = PLAIN
+    scales: Tensor | None = None
+    layout: str = scale_layouts.LINEAR
+
+    @classmethod
+    def of(cls, fmt: BlockFormat | None, elements: Tensor, scales: Tensor | None, layout: str) -> Operand:
+        if fmt is None or scales is None:
+            return cls(elements)
+        if elements.dtype != torch.uint8:
+            elements = elements.view(torch.uint8)  # Triton knows no E4M3 on compute capability 8.0
+        return cls(elements, fmt.name, _aligned(scales), layout)
+
+    @property
+    def k(self) -> int:
+        return self.elements.shape[-1] * _PACK[self.format]
+
+
+class Config(NamedTuple):
+    """How a product is cut up: tiles of BM x BN x BK, GROUP rows of tiles beside each other.
+
+    SPLIT lets K be split where there are few tiles; SWAP gives the weights the tensor cores' wide side; NATIVE leaves
+    decoding to them.
+    """
+
+    BM: int
+    BN: int
+    BK: int
+    threads: int
+    STAGES: int
+    SPLIT: bool = False
+    SWAP: bool = False
+    GROUP: int = 8
+    NATIVE: bool = False
+
+
+class Grouping(NamedTuple):
+    """Rows grouped by expert: see ``matmul_kernel`` for ``schedule`` and ``order``."""
+
+    schedule: Tensor
+    order: Tensor
+    a_share: int
+    alpha: Tensor | None
+    bias: Tensor | None
+
+
+# By architecture, the largest number of rows each configuration is for. A small tile of rows wastes no multiplications
+# where weights are all there is to read; a large one decodes each weight fewer times.
+_ROWS = (16, 64, 256, None)
+_AMPERE = (
+    Config(16, 128, 64, 128, 4, SPLIT=True),
+    Config(64, 128, 64, 128, 3, SPLIT=True),
+    Config(128, 128, 64, 256, 3, SPLIT=True),
+    Config(128, 128, 64, 256, 3),
+)
+_HOPPER = (
+    Config(16, 128, 64, 128, 4, SPLIT=True),
+    Config(64, 128, 64, 128, 4, SPLIT=True),
+    Config(128, 128, 64, 256, 3, SPLIT=True),
+    Config(128, 128, 64, 256, 3),
+)
+_AMD = (
+    Config(16, 64, 64, 256, 2, SPLIT=True),
+    Config(64, 64, 64, 256, 2, SPLIT=True),
+    Config(64, 128, 64, 512, 2, SPLIT=True),
+    Config(128, 128, 64, 512, 2),
+)
+_NATIVE = Config(128, 128, 128, 256, 3, NATIVE=True)
+_NATIVE_TABLE = (_NATIVE._replace(SPLIT=True),) * 3 + (_NATIVE,)
+_TABLES = {
+    "interpreter": (
+        Config(16, 64, 64, 128, 1, SPLIT=True, SWAP=True),
+        Config(64, 64, 128, 128, 1, SPLIT=True),
+        Config(64, 64, 64, 128, 1),
+        Config(128, 128, 64, 256, 1),
+    ),
+    "sm80": _AMPERE,
+    "sm90": _HOPPER,
+    "sm100": _HOPPER,
+    "sm120": _AMPERE,
+    "amd": _AMD,
+}
+# TF32 operands take twice the room.
+_TF32 = Config(64, 64, 64, 256, 3)
+_TF32_TABLE = (_TF32._replace(BM=16, threads=128, SPLIT=True), _TF32._replace(SPLIT=True), _TF32, _TF32)
+
+
+@functools.cache
+def architecture(device: torch.device) -> str:
+    if INTERPRETED:
+        return "interpreter"
+    if torch.version.hip is not None:
+        return "amd"
+    major = torch.cuda.get_device_capability(device)[0]
+    return {8: "sm80", 9: "sm90", 10: "sm100"}.get(major, "sm120")
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    if device.type == "cpu":
+        return 4
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def configuration(arch: str, m: int, a_format: str, b_format: str, dtype: Any) -> Config:
+    """The configuration of a product with m rows (of an expert, where they are grouped)."""
+    row = next(i for i, most in enumerate(_ROWS) if most is None or m <= most)
+    if arch in ("sm100", "sm120") and a_format == b_format != PLAIN:
+        return _NATIVE_TABLE[row]
+    if dtype == tl.float32 and arch != "interpreter":
+        return _TF32_TABLE[row]
+    return _TABLES[arch][row]
+
+
+def splits(config: Config, m: int, n: int, k: int, processors: int) -> int:
+    """Into how many parts K goes: a power of two that gives every processor two programs, each with four K-tiles."""
+    if not config.SPLIT:
+        return 1
+    tiles = triton.cdiv(m, config.BM) * triton.cdiv(n, config.BN)
+    most = min(2 * processors // max(tiles, 1), k // config.BK // 4, 16)
+    return 1 << (most.bit_length() - 1) if most > 1 else 1
+
+
+def multiplied_as(a: Operand, b: Operand) -> Any:
+    """The type in which the products of two operands are exact (see ``_triton_gemm``)."""
+    if a.format != PLAIN or a.elements.dtype == torch.bfloat16:
+        return tl.bfloat16
+    return tl.float32 if b.format == "mxfp4" else tl.float16
+
+
+def matmul(
+    a: Operand,
+    b: Operand,
+    out: Tensor,
+    alpha: Tensor | None = None,
+    grouping: Grouping | None = None,
+    config: Config | None = None,
+    parts: int | None = None,
+) -> None:
+    """``out = (a @ b.T) * alpha``, accumulated in fp32; grouped, also plus the bias."""
+    m, n = out.shape
+    if not out.numel():
+        return
+    k = a.k
+    device = out.device
+    dtype = multiplied_as(a, b)
+    if config is None:
+        config = configuration(architecture(device), m, a.format, b.format, dtype)
+    elements, units, unit = _rows(a)
+    b_elements = _aligned(b.elements)
+    alpha, alpha_form = global_scale_form(alpha)
+    constants = _constants(a, b, config, dtype, k, unit)
+    scales = (a.scales, b.scales)
+    cols = [_scale_cols(operand, k) for operand in (a, b)]
+    tiles_n = triton.cdiv(n, config.BN)
+    n_unit = 8 if n % 8 == 0 else 1
+    tail: tuple[Tensor | None, ...]
+    if grouping is not None:
+        grid = (grouping.schedule.shape[0] * tiles_n, 1)
+        tail = (grouping.alpha, grouping.bias, out, grouping.schedule, grouping.order)
+        constants |= {"ALPHA": 0 if grouping.alpha is None else 3, "SPLITS": 1}
+        constants |= {"EXPERTS": True, "A_SHARE": grouping.a_share}
+    else:
+        if parts is None:
+            parts = splits(config, m, n, k, _processors(device))
+        target = out if parts == 1 else out.new_empty((parts, m, n), dtype=torch.float32)
+        grid = (triton.cdiv(m, config.BM) * tiles_n, parts)
+        tail = (alpha, None, target, None, None)
+        constants |= {"ALPHA": alpha_form, "SPLITS": parts, "EXPERTS": False, "A_SHARE": 1}
+    launch(
+        matmul_kernel,
+        grid,
+        config.threads,
+        device,
+        elements,
+        scales[0],
+        b_elements,
+        scales[1],
+        *tail,
+        m,
+        n // n_unit,
+        k,
+        units,
+        *cols,
+        N_UNIT=n_unit,
+        **constants,
+    )
+    if grouping is None and parts != 1:
+        block = 1024
+        launch(
+            sum_splits_kernel,
+            (triton.cdiv(m * n, block),),
+            256,
+            device,
+            target,
+            alpha,
+            out,
+            m,
+            n // n_unit,
+            N_UNIT=n_unit,
+            SPLITS=parts,
+            ALPHA=alpha_form,
+            BLOCK=block,
+        )
+
+
+def _constants(a: Operand, b: Operand, config: Config, dtype: Any, k: int, unit: int) -> dict[str, Any]:
+    return {
+        "A_FORMAT": a.format,
+        "B_FORMAT": b.format,
+        "A_LAYOUT": LAYOUT_CODES[a.layout],
+        "B_LAYOUT": LAYOUT_CODES[b.layout],
+        "A_WORDS": _has_scale_words(a, k),
+        "B_WORDS": _has_scale_words(b, k),
+        "DTYPE": dtype,
+        "PRECISION": "ieee" if torch.version.hip is not None else "tf32",
+        "A_UNIT": unit,
+        "EVEN_K": k % config.BK == 0,
+        "BM": config.BM,
+        "BN": config.BN,
+        "BK": config.BK,
+        "GROUP": config.GROUP,
+        "STAGES": config.STAGES,
+        "SWAP": config.SWAP,
+        "NATIVE": config.NATIVE and not INTERPRETED,
+    }
+
+
+def _aligned(t: Tensor) -> Tensor:
+    """``t``, contiguous, where words can be loaded from its start."""
+    return t if t.data_ptr() % 16 == 0 else t.clone()
+
+
+def _rows(a: Operand) -> tuple[Tensor, int, int]:
+    """The rows of a, their distance in units that the compiler can count on, and that unit in elements or bytes."""
+    size = a.elements.element_size()
+    unit = 16 if a.elements.shape[1] * size % 16 == 0 else 8
+    rows, units = rows_of_units(a.elements, unit)
+    return rows, units, unit // size
+
+
+def _scale_cols(operand: Operand, k: int) -> int:
+    if operand.scales is None:
+        return 0
+    return scale_layouts.scale_shape(1, k // FORMATS[operand.format].block_size, operand.layout)[1]
+
+
+def _has_scale_words(operand: Operand, k: int) -> bool:
+    return operand.scales is not None and _scale_cols(operand, k) % 4 == 0
+
+
+# What is compiled offline
+
+
+class MatmulCase(NamedTuple):
+    """A configuration that ships, the targets it ships for and what their assembly must have."""
+
+    case: AotCase
+    targets: tuple[str, ...]
+    instruction: str
+
+
+_TARGETS = {
+    "sm80": (("sm_80", "sm_86", "sm_89"), r"mma\.sync\.aligned\.m16n8k(16|8)\.row\.col\.f32\.{0}\.{0}"),
+    "sm90": (("sm_90",), r"(wgmma\.mma_async|mma\.sync).*\.f32\.{0}\.{0}"),
+    "sm100": (("sm_100", "sm_103"), r"(tcgen05\.mma|mma\.sync)"),
+    "sm120": (("sm_120",), r"mma\.sync.*\.f32\.{0}\.{0}"),
+    "amd": (("gfx942", "gfx950"), r"v_mfma_f32"),
+}
+_NATIVE_INSTRUCTIONS = {
+    ("sm100", "nvfp4"): r"tcgen05\.mma.*kind::mxf4nvf4.*(4X|block16)",
+    ("sm100", "mxfp4"): r"tcgen05\.mma.*kind::mxf4\b",
+    ("sm100", "mxfp8"): r"tcgen05\.mma.*kind::mxf8f6f4",
+    ("sm120", "nvfp4"): r"mma\.sync.*kind::mxf4nvf4.*4X.*ue4m3",
+    ("sm120", "mxfp4"): r"mma\.sync.*kind::mxf4nvf4.*2X.*ue8m0",
+    ("sm120", "mxfp8"): r"mma\.sync.*kind::mxf8f6f4",
+}
+_AOT_ROWS = (16, 64, 256, 4096)
+
+
+def matmul_cases(
+    operands: list[tuple[str, str, torch.dtype]], layout: str, *, grouped: bool = False
+) -> Iterator[MatmulCase]:
+    """Cases of products of ``(format of a, format of b, dtype of a plain a)`` on every architecture."""
+    for a_format, b_format, plain in operands:
+        a_dtype = plain if a_format == PLAIN else torch.uint8
+        a = Operand(torch.empty(0, 0, dtype=a_dtype, device="meta"), a_format)
+        dtype = multiplied_as(a, Operand(a.elements, b_format))
+        for arch, (targets, pattern) in _TARGETS.items():
+            kinds = {configuration(arch, m, a_format, b_format, dtype): m for m in _AOT_ROWS}
+            for config, m in kinds.items():
+                for even in (True, False) if m == 4096 else (True,):
+                    case = _aot_case(arch, config, a_format, b_format, plain, dtype, layout, grouped, even)
+                    name = {tl.bfloat16: "bf16", tl.float16: "f16", tl.float32: "tf32"}[dtype]
+                    wanted = pattern.replace("{0}", name)
+                    if config.NATIVE:
+                        wanted = _NATIVE_INSTRUCTIONS[arch, a_format]
+                    yield MatmulCase(case, targets, wanted)
+
+
+def _aot_case(
+    arch: str,
+    config: Config,
+    a_format: str,
+    b_format: str,
+    plain: torch.dtype,
+    dtype: Any,
+    layout: str,
+    grouped: bool,
+    even: bool,
+) -> AotCase:
+    short = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[plain]
+    ints = ("M", "n_units", "K", "a_row_units", "a_scale_cols", "b_scale_cols")
+    parts = 4 if config.SPLIT and not grouped else 1
+    signature = {"out_ptr": "*bf16" if parts == 1 else "*fp32", **dict.fromkeys(ints, "i32")}
+    for side, fmt in (("a", a_format), ("b", b_format)):
+        signature[f"{side}_ptr"] = f"*{short}" if fmt == PLAIN else "*u8"
+        if fmt != PLAIN:
+            signature[f"{side}_scales_ptr"] = "*u8"
+    signature["alpha_ptr"] = "*fp32"
+    if grouped:
+        signature |= {"schedule_ptr": "*i32", "order_ptr": "*i64", "bias_ptr": "*fp32"}
+    constants = {
+        "A_FORMAT": a_format,
+        "B_FORMAT": b_format,
+        "A_LAYOUT": LAYOUT_CODES[scale_layouts.LINEAR if grouped else scale_layouts.SWIZZLED_128X4],
+        "B_LAYOUT": LAYOUT_CODES[layout],
+        "A_WORDS": a_format != PLAIN,
+        "B_WORDS": b_format != PLAIN,
+        "ALPHA": 3 if grouped else 1,
+        "DTYPE": dtype,
+        "PRECISION": "ieee" if arch == "amd" else "tf32",
+        "EXPERTS": grouped,
+        "A_SHARE": 4 if grouped else 1,
+        "A_UNIT": 8 if a_format == PLAIN else 16,
+        "N_UNIT": 8,
+        "EVEN_K": even,
+        "SPLITS": parts,
+    }
+    names = ("BM", "BN", "BK", "GROUP", "STAGES", "SWAP", "NATIVE")
+    constants |= {name: getattr(config, name) for name in names}
+    for name in matmul_kernel.arg_names:
+        if name not in signature:
+            constants.setdefault(name, None)
+    a_name = short if a_format == PLAIN else a_format
+    tile = f"{config.BM}x{config.BN}x{config.BK}{'s' * config.SWAP}"
+    kind = f"{'moe' if grouped else 'matmul'}-{a_name}-{b_format}-{layout}"
+    name = f"{kind}-{arch}-{tile}{'-split' * (parts > 1)}{'-ragged' * (not even)}"
+    return AotCase(name, matmul_kernel, signature, constants, config.threads)

@@ -1,0 +1,56 @@
+"""How the Triton backends of the GEMMs multiply: in one kernel, or by decoding first and calling torch's product.
+
+A kernel that decodes while it multiplies reads the fewest bytes, which is what counts where rows are few. With many
+rows each weight is decoded again for every tile of rows; there, before compute capability 10.0, it is faster to decode
+both sides to 16 bits once and leave the product to cuBLAS, with an fp32 result that alpha multiplies and that is
+rounded once.
+
+The decoding is exact: E2M1 times E4M3 has 6 significant bits and E2M1 or E4M3 times a power of two at most 4. Only
+MXFP8 blocks whose scale is below 2^-124 lose bits that bfloat16 has no place for.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from ..formats import FORMATS
+from ._triton_dequantize import dequantize_rows
+from ._triton_gemm_launch import PLAIN, Operand, architecture, matmul, multiplied_as
+from ._triton_launch import INTERPRETED
+
+__all__ = ["product"]
+
+_DECODE_FIRST_ROWS = 128
+"""Above so many rows; NVIDIA H200: 256 x 4096 x 4096 NVFP4 takes 54 us in one kernel and 16 us in cuBLAS alone."""
+
+_TORCH_DTYPES = {tl.bfloat16: torch.bfloat16, tl.float16: torch.float16}
+
+
+def product(a: Operand, b: Operand, out: Tensor, alpha: Tensor | None = None) -> None:
+    """``out = (a @ b.T) * alpha``, accumulated in fp32 and rounded once; b is ``[n, K]``."""
+    dtype = _TORCH_DTYPES.get(multiplied_as(a, b))
+    if dtype is None or not _decodes_first(out):
+        matmul(a, b, out, alpha)
+        return
+    sums = torch.mm(_decoded(a, dtype), _decoded(b, dtype).t(), out_dtype=torch.float32)
+    if alpha is None:
+        out.copy_(sums)
+    else:
+        torch.mul(sums, alpha.reshape(-1, 1), out=out)
+
+
+def _decodes_first(out: Tensor) -> bool:
+    if INTERPRETED or out.device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return out.shape[0] > _DECODE_FIRST_ROWS and out.numel() > 0 and architecture(out.device) in ("sm80", "sm90")
+
+
+def _decoded(operand: Operand, dtype: torch.dtype) -> Tensor:
+    if operand.format == PLAIN:
+        return operand.elements
+    assert operand.scales is not None
+    out = torch.empty(operand.elements.shape[0], operand.k, dtype=dtype, device=operand.elements.device)
+    dequantize_rows(operand.elements, operand.scales, FORMATS[operand.format], operand.layout, None, False, out)
+    return out
