@@ -27,6 +27,9 @@ _PACK = {PLAIN: 1, "nvfp4": 2, "mxfp4": 2, "mxfp8": 1}
 _TRITON_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
+_SUMMED_AT_ONCE = 1024
+
+
 class Operand(NamedTuple):
     """One side of a product: rows along K, with the scales of a block-scaled format in their layout.
 
@@ -144,7 +147,9 @@ def configuration(arch: str, m: int, a_format: str, b_format: str, dtype: Any) -
         return _NATIVE_TABLE[row]
     if dtype == tl.float32 and arch != "interpreter":
         return _TF32_TABLE[row]
-    return _TABLES[arch][row]
+    config = _TABLES[arch][row]
+    # Decoding both sides takes more registers.
+    return config._replace(BN=64) if a_format != PLAIN and config.BM == 16 else config
 
 
 def splits(config: Config, m: int, n: int, k: int, processors: int) -> int:
@@ -221,10 +226,9 @@ def matmul(
         **constants,
     )
     if grouping is None and parts != 1:
-        block = 1024
         launch(
             sum_splits_kernel,
-            (triton.cdiv(m * n, block),),
+            (triton.cdiv(m * n, _SUMMED_AT_ONCE),),
             256,
             device,
             target,
@@ -235,7 +239,7 @@ def matmul(
             N_UNIT=n_unit,
             SPLITS=parts,
             ALPHA=alpha_form,
-            BLOCK=block,
+            BLOCK=_SUMMED_AT_ONCE,
         )
 
 
@@ -287,6 +291,14 @@ def _has_scale_words(operand: Operand, k: int) -> bool:
 # What is compiled offline
 
 
+def aot_cases() -> Iterator[AotCase]:
+    """The sum of the splits, the same everywhere; the products are :func:`matmul_cases`, an architecture's each."""
+    signature = {"partial_ptr": "*fp32", "alpha_ptr": "*fp32", "out_ptr": "*bf16", "M": "i32", "n_units": "i32"}
+    for parts, alpha_form in ((2, 1), (16, 2)):
+        constants = {"N_UNIT": 8, "SPLITS": parts, "ALPHA": alpha_form, "BLOCK": _SUMMED_AT_ONCE}
+        yield AotCase(f"matmul-sum-{parts}-alpha{alpha_form}", sum_splits_kernel, signature, constants, 256)
+
+
 class MatmulCase(NamedTuple):
     """A configuration that ships, the targets it ships for and what their assembly must have."""
 
@@ -323,6 +335,8 @@ def matmul_cases(
         dtype = multiplied_as(a, Operand(a.elements, b_format))
         for arch, (targets, pattern) in _TARGETS.items():
             kinds = {configuration(arch, m, a_format, b_format, dtype): m for m in _AOT_ROWS}
+            if grouped:  # K is never split there
+                kinds = {config._replace(SPLIT=False): m for config, m in kinds.items()}
             for config, m in kinds.items():
                 for even in (True, False) if m == 4096 else (True,):
                     case = _aot_case(arch, config, a_format, b_format, plain, dtype, layout, grouped, even)

@@ -19,35 +19,207 @@ from .._triton_launch import AotCase, launch
 class Routing(NamedTuple):
     """Routed rows, one for each (token, k), grouped by expert; sizes depend on shapes alone.
 
-    ``order`` holds the rows by local expert, foreign ones last. ``schedule`` has for each tile of rows its expert (-1:
-    none), its first place in ``order`` and the one past its expert's last. ``experts`` is each row's local expert,
-    clamped into range where it is foreign.
+    ``order`` holds the rows by local expert; nothing defined stands where foreign experts' would be. ``schedule`` has
+    for each tile of rows its expert (-1: none), its first place in ``order`` and the one past its expert's last.
     """
 
     schedule: Tensor
     order: Tensor
-    experts: Tensor
+
+
+# One program sorts up to so many comparisons of a row with an expert; more are left to torch's parallel sort.
+_SORTED_BY_ONE_PROGRAM = 1 << 18
+_COMPARED_AT_ONCE = 1 << 13
 
 
 def route(expert_ids: Tensor, first_expert: int, experts: int, rows_a_tile: int) -> Routing:
     """Where each expert's rows are. Nothing here synchronises: there are as many tiles as there could be."""
+    rows = expert_ids.numel()
+    tiles = triton.cdiv(rows, rows_a_tile) + min(experts, rows)
+    columns = triton.next_power_of_2(experts)
+    if rows * columns > _SORTED_BY_ONE_PROGRAM:
+        return _route_with_torch(expert_ids, first_expert, experts, rows_a_tile, tiles)
+    schedule = expert_ids.new_empty((tiles, 3), dtype=torch.int32)
+    order = expert_ids.new_empty(rows, dtype=torch.int64)
+    constants = {"E": columns, "CHUNK": _chunk(columns)}
+    sizes = (rows, first_expert, experts, tiles, rows_a_tile)
+    launch(route_kernel, (1,), 256, order.device, expert_ids.contiguous(), order, schedule, *sizes, **constants)
+    return Routing(schedule, order)
+
+
+def _chunk(columns: int) -> int:
+    return max(1, _COMPARED_AT_ONCE // columns)
+
+
+def _route_with_torch(expert_ids: Tensor, first_expert: int, experts: int, rows_a_tile: int, tiles: int) -> Routing:
     local = expert_ids.reshape(-1).long() - first_expert
     own = (local >= 0) & (local < experts)
     group, order = torch.where(own, local, experts).sort(stable=True)
     device = local.device
     starts = torch.searchsorted(group, torch.arange(experts + 1, device=device))
-    tiles = (starts.diff() + (rows_a_tile - 1)) // rows_a_tile
-    tiles_up_to = tiles.cumsum(0)
-    rows = local.numel()
-    tile = torch.arange(triton.cdiv(rows, rows_a_tile) + min(experts, rows), device=device)
+    tiles_of = (starts.diff() + (rows_a_tile - 1)) // rows_a_tile
+    tiles_up_to = tiles_of.cumsum(0)
+    tile = torch.arange(tiles, device=device)
     expert = torch.searchsorted(tiles_up_to, tile, right=True)
     some = expert.clamp(max=experts - 1)
-    first = starts[some] + (tile - tiles_up_to[some] + tiles[some]) * rows_a_tile
+    first = starts[some] + (tile - tiles_up_to[some] + tiles_of[some]) * rows_a_tile
     schedule = torch.stack((torch.where(expert < experts, expert, -1), first, starts[some + 1]), 1)
-    return Routing(schedule.int(), order, local.clamp(0, experts - 1))
+    return Routing(schedule.int(), order)
 
 
-@triton.jit(do_not_specialize=["first_expert", "columns"])
+def local_experts(expert_ids: Tensor, first_expert: int, experts: int) -> Tensor:
+    """Each routed row's local expert, some expert where it is foreign."""
+    return (expert_ids.reshape(-1).long() - first_expert).clamp(0, experts - 1)
+
+
+@triton.jit
+def _is_expert(ids_ptr, i, rows, first_expert, experts, E: tl.constexpr):
+    """Which local expert each row has, as ones in ``[rows, E]``; foreign ones have none."""
+    expert = tl.load(ids_ptr + i, mask=i < rows, other=-1).to(tl.int64) - first_expert
+    expert = tl.where((i < rows) & (expert >= 0) & (expert < experts), expert, -1)
+    return (expert[:, None] == tl.arange(0, E)[None, :]).to(tl.int32)
+
+
+@triton.jit(do_not_specialize=["rows", "first_expert", "experts", "tiles", "rows_a_tile"])
+def route_kernel(
+    ids_ptr,
+    order_ptr,
+    schedule_ptr,
+    rows,
+    first_expert,
+    experts,
+    tiles,
+    rows_a_tile,
+    E: tl.constexpr,  # a power of two, at least the number of experts
+    CHUNK: tl.constexpr,
+):
+    """A stable counting sort by one program: count, then place."""
+    chunk = tl.arange(0, CHUNK)
+    counts = tl.zeros((E,), tl.int32)
+    done = rows * 0
+    while done < rows:
+        counts += tl.sum(_is_expert(ids_ptr, done + chunk, rows, first_expert, experts, E), 0)
+        done += CHUNK
+    starts = tl.cumsum(counts, 0) - counts
+    tiles_of = (counts + rows_a_tile - 1) // rows_a_tile
+    tiles_up_to = tl.cumsum(tiles_of, 0)
+
+    done = rows * 0
+    while done < tiles:
+        tile = done + chunk
+        expert = tl.sum((tiles_up_to[None, :] <= tile[:, None]).to(tl.int32), 1)
+        one = (expert[:, None] == tl.arange(0, E)[None, :]).to(tl.int32)
+        first = tile * rows_a_tile + tl.sum(one * (starts - (tiles_up_to - tiles_of) * rows_a_tile)[None, :], 1)
+        there = tile < tiles
+        tl.store(schedule_ptr + tile * 3, tl.where(expert < E, expert, -1), mask=there)
+        tl.store(schedule_ptr + tile * 3 + 1, first, mask=there)
+        tl.store(schedule_ptr + tile * 3 + 2, tl.sum(one * (starts + counts)[None, :], 1), mask=there)
+        done += CHUNK
+
+    done = rows * 0
+    while done < rows:
+        row = done + chunk
+        one = _is_expert(ids_ptr, row, rows, first_expert, experts, E)
+        place = tl.sum(one * (tl.cumsum(one, 0) - one + starts[None, :]), 1)
+        tl.store(order_ptr + place, row.to(tl.int64), mask=tl.sum(one, 1) > 0)
+        starts += tl.sum(one, 0)
+        done += CHUNK
+
+
+# The activation. Minima and maxima are comparisons that let NaN pass, as torch's do.
+
+
+@triton.jit
+def _sigmoid(x):
+    # exp(-x) as 2^y, with what rounding y leaves out: ex2 alone is off by more the larger |x| is.
+    y = x * -1.4426950408889634
+    left = tl.fma(x, -1.4426950408889634, -y) + x * -1.925963033500e-8
+    power = tl.exp2(y)
+    return tl.div_rn(1.0, 1.0 + tl.where(left == left, tl.fma(power, left * 0.6931471805599453, power), power))
+
+
+@triton.jit(do_not_specialize=["first_expert", "experts", "inter"])
+def swiglu_kernel(
+    up_gate_ptr,  # fp32 [rows, 2 * inter]
+    ids_ptr,
+    alpha_ptr,
+    beta_ptr,
+    limit_ptr,
+    out_ptr,
+    first_expert,
+    experts,
+    inter,
+    STEP: tl.constexpr,  # SwigluStep: the limit is taken after silu
+    BLOCK: tl.constexpr,
+):
+    blocks = tl.cdiv(inter, BLOCK)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    column = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    there = column < inter
+    expert = tl.load(ids_ptr + row).to(tl.int64) - first_expert
+    if (expert < 0) | (expert >= experts):
+        expert = expert * 0
+    up = tl.load(up_gate_ptr + row * 2 * inter + column, mask=there, other=0.0)
+    gate = tl.load(up_gate_ptr + (row * 2 + 1) * inter + column, mask=there, other=0.0)
+    if limit_ptr is not None:
+        limit = tl.load(limit_ptr + expert)
+    elif STEP:
+        limit = 7.0  # FlashInfer's default
+    else:
+        limit = float("inf")
+    up = tl.where(up > limit, limit, up)
+    up = tl.where(up < -limit, -limit, up)
+    if STEP:
+        gate = gate * _sigmoid(gate)
+        gate = tl.where(gate > limit, limit, gate)
+    else:
+        gate = tl.where(gate > limit, limit, gate)
+        if alpha_ptr is None:
+            gate = gate * _sigmoid(gate)
+        else:
+            gate = gate * _sigmoid(tl.load(alpha_ptr + expert) * gate)
+        if beta_ptr is not None:
+            up = up + tl.load(beta_ptr + expert)
+    tl.store(out_ptr + row * inter + column, p.round_to(gate * up, out_ptr.dtype.element_ty), mask=there)
+
+
+def swiglu(
+    up_gate: Tensor,
+    expert_ids: Tensor,
+    alpha: Tensor | None,
+    beta: Tensor | None,
+    limit: Tensor | None,
+    out: Tensor,
+    first_expert: int,
+    experts: int,
+    step: bool,
+) -> None:
+    rows, inter = out.shape
+    if not inter:
+        return
+    block = 1024
+    parameters = (None if t is None else t.contiguous() for t in (alpha, beta, limit))
+    launch(
+        swiglu_kernel,
+        (rows * triton.cdiv(inter, block),),
+        128,
+        out.device,
+        up_gate,
+        expert_ids.contiguous(),
+        *parameters,
+        out,
+        first_expert,
+        experts,
+        inter,
+        STEP=step,
+        BLOCK=block,
+    )
+
+
+# The sum
+
+
+@triton.jit(do_not_specialize=["first_expert", "experts", "columns"])
 def combine_kernel(
     rows_ptr,  # fp32 [tokens * TOP_K, columns]
     expert_ids_ptr,
@@ -98,7 +270,18 @@ def combine(
     )
 
 
-def combine_cases() -> Iterator[AotCase]:
+def aot_cases() -> Iterator[AotCase]:
+    ids = {"ids_ptr": "*i32", "first_expert": "i32", "experts": "i32"}
     signature = {"rows_ptr": "*fp32", "expert_ids_ptr": "*i32", "final_scales_ptr": "*fp32", "out_ptr": "*bf16"}
     signature |= dict.fromkeys(("first_expert", "experts", "columns"), "i32")
     yield AotCase("moe-combine-8", combine_kernel, signature, {"TOP_K": 8, "BLOCK": 1024}, 128)
+    signature = {"up_gate_ptr": "*fp32", "out_ptr": "*bf16", **ids, "inter": "i32"}
+    parameters = ("alpha_ptr", "beta_ptr", "limit_ptr")
+    constants = {"STEP": False, "BLOCK": 1024}
+    yield AotCase("moe-swiglu", swiglu_kernel, signature, {**constants, **dict.fromkeys(parameters)}, 128)
+    signature |= dict.fromkeys(parameters, "*fp32")
+    yield AotCase("moe-swiglu-parameters", swiglu_kernel, signature, constants, 128)
+    for experts in (32, 128, 256):
+        signature = {**ids, "order_ptr": "*i64", "schedule_ptr": "*i32"}
+        signature |= dict.fromkeys(("rows", "tiles", "rows_a_tile"), "i32")
+        yield AotCase(f"moe-route-{experts}", route_kernel, signature, {"E": experts, "CHUNK": _chunk(experts)}, 256)

@@ -6,7 +6,7 @@ summed in a fixed order. Nothing synchronises and sizes depend on shapes alone, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -27,12 +27,15 @@ from .._triton_gemm_launch import (
     matmul_cases,
     multiplied_as,
 )
-from .._triton_launch import AotCase, why_not
+from .._triton_launch import why_not
 from .._triton_quantize import quantize_rows
 from . import _modes, cutlass_fused_moe
-from ._triton_kernels import Routing, combine, combine_cases, route
+from ._triton_kernels import Routing, combine, local_experts, route, swiglu
 
 _SIXTEEN_BITS = (torch.bfloat16, torch.float16)
+_SWIGLU_STEP = 7
+_SWIGLU = (3, 5, _SWIGLU_STEP)
+"""Numbers of FlashInfer's ``ActivationType`` that have a kernel; the others are torch's."""
 
 
 def _unsupported(call: Call) -> str | None:
@@ -106,16 +109,24 @@ def cutlass_fused_moe_triton(
     first = ep_rank * experts
     routing = route(token_selected_experts, first, experts, config.BM)
 
+    def by_row(of_expert: Tensor) -> Tensor:
+        return of_expert[local_experts(token_selected_experts, first, experts)]
+
     if input_sf is not None:
         sf_layout = scale_layouts.layout_from_flags(swizzled_input_sf, False)
         x, share = Operand.of(mode.activations, input, input_sf, sf_layout), top_k
     else:
-        x, share = _activations(input, mode.activations, scales.get("fc1_act_global"), routing, top_k)
+        x, share = _activations(input, mode.activations, scales.get("fc1_act_global"), by_row, top_k)
     up_gate = _grouped(x, fc1, routing, share, scales.get("fc1_global"), fc1_expert_biases, config)
-    swiglu = (None if t is None else t[routing.experts, None] for t in (swiglu_alpha, swiglu_beta, swiglu_limit))
-    activated = _modes.activate(activation_type, up_gate, *swiglu).to(between)
+    parameters = (swiglu_alpha, swiglu_beta, swiglu_limit)
+    if activation_type in _SWIGLU:
+        activated = input.new_empty((rows, fc2.k), dtype=between)
+        step = activation_type == _SWIGLU_STEP
+        swiglu(up_gate, token_selected_experts, *parameters, activated, first, experts, step)
+    else:  # these have no parameters
+        activated = _modes.activate(activation_type, up_gate, None, None, None).to(between)
     del up_gate
-    h, _ = _activations(activated, mode.activations, scales.get("fc2_act_global"), routing, 1)
+    h, _ = _activations(activated, mode.activations, scales.get("fc2_act_global"), by_row, 1)
     bias = fc2_expert_biases if tp_rank == 0 else None
     y = _grouped(h, fc2, routing, 1, scales.get("fc2_global"), bias, config)
     combine(y, token_selected_experts, token_final_scales, out, first, experts)
@@ -129,7 +140,7 @@ def _weights(weights: Tensor, scales: Tensor | None, fmt: BlockFormat | None, la
 
 
 def _activations(
-    x: Tensor, fmt: BlockFormat | None, encode: Tensor | None, routing: Routing, top_k: int
+    x: Tensor, fmt: BlockFormat | None, encode: Tensor | None, by_row: Callable[[Tensor], Tensor], top_k: int
 ) -> tuple[Operand, int]:
     """Rows as the product takes them, quantised where the mode says so, and how many routed rows share each."""
     if fmt is None:
@@ -137,7 +148,7 @@ def _activations(
     if encode is not None:
         encode = encode.reshape(-1)
         if encode.numel() > 1:  # an expert's own scale: each routed row is quantised for itself
-            encode = encode[routing.experts]
+            encode = by_row(encode)
             if top_k > 1:
                 x = x.repeat_interleave(top_k, 0)
                 top_k = 1
@@ -161,10 +172,6 @@ def _grouped(
     alpha, bias = (None if t is None else t.contiguous() for t in (alpha, bias))
     matmul(a, b, out, grouping=Grouping(routing.schedule, routing.order, share, alpha, bias), config=config)
     return out
-
-
-def aot_cases() -> Iterator[AotCase]:
-    return combine_cases()
 
 
 def offline_cases() -> Iterator[MatmulCase]:
