@@ -29,7 +29,9 @@ class Routing(NamedTuple):
 
 # One program sorts up to so many comparisons of a row with an expert; more are left to torch's parallel sort.
 _SORTED_BY_ONE_PROGRAM = 1 << 18
-_COMPARED_AT_ONCE = 1 << 13
+_COMPARED_AT_ONCE = 1 << 12
+_ROUTE_THREADS = 512
+_UNIT = tl.constexpr(16)  # hidden and inter are multiples of it in every mode, and 16-byte accesses need to know
 
 
 def route(expert_ids: Tensor, first_expert: int, experts: int, rows_a_tile: int) -> Routing:
@@ -43,7 +45,9 @@ def route(expert_ids: Tensor, first_expert: int, experts: int, rows_a_tile: int)
     order = expert_ids.new_empty(rows, dtype=torch.int64)
     constants = {"E": columns, "CHUNK": _chunk(columns)}
     sizes = (rows, first_expert, experts, tiles, rows_a_tile)
-    launch(route_kernel, (1,), 256, order.device, expert_ids.contiguous(), order, schedule, *sizes, **constants)
+    launch(
+        route_kernel, (1,), _ROUTE_THREADS, order.device, expert_ids.contiguous(), order, schedule, *sizes, **constants
+    )
     return Routing(schedule, order)
 
 
@@ -131,16 +135,18 @@ def route_kernel(
 
 @triton.jit
 def _sigmoid(x):
-    # exp(-x) as 2^y, with what rounding y leaves out: ex2 alone is off by more the larger |x| is.
-    y = x * -1.4426950408889634
-    left = tl.fma(x, -1.4426950408889634, -y) + x * -1.925963033500e-8
-    power = tl.exp2(y)
-    return tl.div_rn(1.0, 1.0 + tl.where(left == left, tl.fma(power, left * 0.6931471805599453, power), power))
+    power = tl.exp(-x)
+    if not p.INTERPRETED:
+        # That is 2^y for the rounded product y, and off by more the larger y is: put back what rounding left out.
+        y = x * -1.4426950408889634
+        left = tl.fma(x, -1.4426950408889634, -y) + x * -1.925963033500e-8
+        power = tl.where(power < float("inf"), tl.fma(power, left * 0.6931471805599453, power), power)
+    return tl.div_rn(1.0, 1.0 + power)
 
 
-@triton.jit(do_not_specialize=["first_expert", "experts", "inter"])
+@triton.jit(do_not_specialize=["first_expert", "experts", "units"])
 def swiglu_kernel(
-    up_gate_ptr,  # fp32 [rows, 2 * inter]
+    up_gate_ptr,  # fp32 [rows, 2 * units * _UNIT]
     ids_ptr,
     alpha_ptr,
     beta_ptr,
@@ -148,10 +154,11 @@ def swiglu_kernel(
     out_ptr,
     first_expert,
     experts,
-    inter,
+    units,
     STEP: tl.constexpr,  # SwigluStep: the limit is taken after silu
     BLOCK: tl.constexpr,
 ):
+    inter = units * _UNIT
     blocks = tl.cdiv(inter, BLOCK)
     row = (tl.program_id(0) // blocks).to(tl.int64)
     column = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
@@ -210,7 +217,7 @@ def swiglu(
         out,
         first_expert,
         experts,
-        inter,
+        inter // _UNIT.value,
         STEP=step,
         BLOCK=block,
     )
@@ -219,19 +226,20 @@ def swiglu(
 # The sum
 
 
-@triton.jit(do_not_specialize=["first_expert", "experts", "columns"])
+@triton.jit(do_not_specialize=["first_expert", "experts", "units"])
 def combine_kernel(
-    rows_ptr,  # fp32 [tokens * TOP_K, columns]
+    rows_ptr,  # fp32 [tokens * TOP_K, units * _UNIT]
     expert_ids_ptr,
     final_scales_ptr,
     out_ptr,
     first_expert,
     experts,
-    columns,
+    units,
     TOP_K: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """The weighted sum of each token's rows, always in the same order, less those of foreign experts."""
+    columns = units * _UNIT
     blocks = tl.cdiv(columns, BLOCK)
     token = (tl.program_id(0) // blocks).to(tl.int64)
     column = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
@@ -264,7 +272,7 @@ def combine(
         out,
         first_expert,
         experts,
-        columns,
+        columns // _UNIT.value,
         TOP_K=top_k,
         BLOCK=block,
     )
@@ -273,9 +281,9 @@ def combine(
 def aot_cases() -> Iterator[AotCase]:
     ids = {"ids_ptr": "*i32", "first_expert": "i32", "experts": "i32"}
     signature = {"rows_ptr": "*fp32", "expert_ids_ptr": "*i32", "final_scales_ptr": "*fp32", "out_ptr": "*bf16"}
-    signature |= dict.fromkeys(("first_expert", "experts", "columns"), "i32")
+    signature |= dict.fromkeys(("first_expert", "experts", "units"), "i32")
     yield AotCase("moe-combine-8", combine_kernel, signature, {"TOP_K": 8, "BLOCK": 1024}, 128)
-    signature = {"up_gate_ptr": "*fp32", "out_ptr": "*bf16", **ids, "inter": "i32"}
+    signature = {"up_gate_ptr": "*fp32", "out_ptr": "*bf16", **ids, "units": "i32"}
     parameters = ("alpha_ptr", "beta_ptr", "limit_ptr")
     constants = {"STEP": False, "BLOCK": 1024}
     yield AotCase("moe-swiglu", swiglu_kernel, signature, {**constants, **dict.fromkeys(parameters)}, 128)
@@ -284,4 +292,6 @@ def aot_cases() -> Iterator[AotCase]:
     for experts in (32, 128, 256):
         signature = {**ids, "order_ptr": "*i64", "schedule_ptr": "*i32"}
         signature |= dict.fromkeys(("rows", "tiles", "rows_a_tile"), "i32")
-        yield AotCase(f"moe-route-{experts}", route_kernel, signature, {"E": experts, "CHUNK": _chunk(experts)}, 256)
+        yield AotCase(
+            f"moe-route-{experts}", route_kernel, signature, {"E": experts, "CHUNK": _chunk(experts)}, _ROUTE_THREADS
+        )
