@@ -88,8 +88,11 @@ def _nvidia(kernel: Any) -> Compiled:
         source.write_text(ptx)
         binary.write_bytes(kernel.asm["cubin"])
         # What Triton reports as spills mixes in arrays, and needs a device.
-        verbose = [assembler, "-v", f"--gpu-name={arch}", source, "-o", os.devnull]
-        report = subprocess.run(verbose, capture_output=True, text=True, check=True).stderr
+        verbose = [assembler, "-v", f"--gpu-name={arch}", source, "-o", Path(scratch, "again.cubin")]
+        assembled = subprocess.run(verbose, capture_output=True, text=True)
+        report = assembled.stderr
+        if assembled.returncode:
+            return Compiled(error=f"{assembler.name}: {report.strip() or f'exit code {assembled.returncode}'}")
         listing = subprocess.run([folder / "cuobjdump", "-sass", binary], capture_output=True, text=True).stdout
     opcodes = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)", listing)
     return Compiled(

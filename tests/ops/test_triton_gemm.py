@@ -186,6 +186,9 @@ def check_every_mxfp8_scale(device: str) -> None:
     assert torch.equal(out[:, exact], wanted[:, exact])
     assert bool(((out - wanted)[:, rows].abs() <= 2.0**-134).all())
     assert out[:, 255].isnan().all()
+    b[0][:, 7], b[0][:, 70] = 0x7F, 0xFF  # NaN elements make their rows NaN
+    out = product(device, MXFP8, (a, a_scales), (b[0][:8], b[1][120:128]), None, torch.float32, "128x4")
+    assert out.isnan().all()
 
 
 def check_extreme_scales(device: str) -> None:
@@ -245,20 +248,20 @@ def check_every_configuration(device: str) -> None:
 @given(
     tokens=st.integers(1, 70),
     seed=st.integers(0, 2**31),
-    ranks=st.integers(1, 3),
+    ranks=st.sampled_from([(1, 0), (2, 0), (3, 1), (3, 2)]),
     skew=st.booleans(),
     sample=st.sampled_from(["w4a16-mxfp4-linear", "w4a16-nvfp4", "w4a4-nvfp4", "mxfp4-mxfp8", "bf16-bias-swiglu"]),
 )
-def check_routings(device: str, tokens: int, seed: int, ranks: int, skew: bool, sample: str) -> None:
+def check_routings(device: str, tokens: int, seed: int, ranks: tuple[int, int], skew: bool, sample: str) -> None:
     """Experts without rows, one expert with all of them, ids of other ranks, and one expert twice for a token."""
     op = OPS["cutlass_fused_moe"]
     found = next(s for s in samples(op) if s.name == sample)
     generator = torch.Generator().manual_seed(seed)
     experts = found.args[3].shape[0]
-    ids = torch.randint(0, 1 if skew else experts * ranks, (tokens, 2), generator=generator)
+    ids = torch.randint(0, 1 if skew else experts * ranks[0], (tokens, 2), generator=generator)
     final = torch.rand(tokens, 2, generator=generator)
     args = (values(seed, tokens, 128), ids.int(), final, *found.args[3:])
-    kwargs = {**found.kwargs, "ep_size": ranks, "ep_rank": seed % ranks}
+    kwargs = {**found.kwargs, "ep_size": ranks[0], "ep_rank": ranks[1]}
     moved = Sample(sample, args, kwargs).map_tensors(lambda t: t.to(device))
     with poisoned_memory():
         assert_right(op, moved, "triton")

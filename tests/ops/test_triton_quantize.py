@@ -70,8 +70,9 @@ def compare(device: str, op: Op, *args: Any, **kwargs: Any) -> None:
         out = op.default(*moved, **kwargs, backend="triton")
     for i, (a, b) in enumerate(zip(tree_leaves((out, moved)), tree_leaves((wanted, copies)), strict=True)):
         if isinstance(a, Tensor):
-            # Copying from a GPU makes a strided view dense.
-            assert_same_bytes(a.contiguous().cpu(), b.contiguous(), f"{op.name}, tensor {i} of outputs and arguments")
+            # Copying from a GPU makes a strided view dense, so both become so; .contiguous() would keep a row's stride.
+            a, b = (t.cpu().clone(memory_format=torch.contiguous_format) for t in (a, b))
+            assert_same_bytes(a, b, f"{op.name}, tensor {i} of outputs and arguments")
 
 
 def _clone(t: Tensor, device: str) -> Tensor:
