@@ -77,12 +77,12 @@ def compile_case(case: Any, target: str) -> Compiled:
 
 
 def _nvidia(kernel: Any) -> Compiled:
-    import triton.backends.nvidia
+    from triton.backends.nvidia.compiler import get_ptxas
 
     ptx = kernel.asm["ptx"]
     arch = re.search(r"\.target (\w+)", ptx)[1]
-    folder = Path(triton.backends.nvidia.__file__).parent / "bin"
-    assembler = folder / ("ptxas-blackwell" if int(re.search(r"\d+", arch)[0]) >= 100 else "ptxas")
+    # Triton's own choice, which its environment variables and importing FlashInfer change, and so the PTX's version.
+    assembler = get_ptxas(int(re.search(r"\d+", arch)[0])).path
     with tempfile.TemporaryDirectory() as scratch:
         source, binary = Path(scratch, "kernel.ptx"), Path(scratch, "kernel.cubin")
         source.write_text(ptx)
@@ -92,8 +92,10 @@ def _nvidia(kernel: Any) -> Compiled:
         assembled = subprocess.run(verbose, capture_output=True, text=True)
         report = assembled.stderr
         if assembled.returncode:
-            return Compiled(error=f"{assembler.name}: {report.strip() or f'exit code {assembled.returncode}'}")
-        listing = subprocess.run([folder / "cuobjdump", "-sass", binary], capture_output=True, text=True).stdout
+            return Compiled(error=f"{assembler}: {report.strip() or f'exit code {assembled.returncode}'}")
+        listing = subprocess.run(
+            [triton.knobs.nvidia.cuobjdump.path, "-sass", binary], capture_output=True, text=True
+        ).stdout
     opcodes = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)", listing)
     return Compiled(
         registers=int(re.search(r"Used (\d+) registers", report)[1]),
