@@ -110,7 +110,8 @@ class Quantize:
             for threads in (64, 128, 256):
                 for iters in (1, 2, 4, 8):
                     for split in (1, 2) if self.dtype == torch.bfloat16 else (1,):
-                        yield Tiling(R, threads // R // split, iters, split)
+                        for ahead in range(1, min(iters, 3 - split) + 1):
+                            yield Tiling(R, threads // R // split, iters, split, ahead)
 
     def shipped(self, m: int, k: int) -> Tiling:
         return _triton_quantize.tiling(self.fmt, self.layout, m, k // self.fmt.block_size)

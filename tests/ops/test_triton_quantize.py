@@ -306,11 +306,13 @@ def check_every_shipped_tiling(device: str) -> None:
     """The interpreter has tiles of its own, so that it has few programs to run; these are the GPU's."""
     from torch_fp4ops.ops import _triton_dequantize, _triton_quantize
 
-    for fmt, layout in ((NVFP4, "linear"), (NVFP4, "8x4"), (NVFP4, "128x4"), (MXFP4, "128x4"), (MXFP8, "8x4")):
-        x = values(3, 37, 5 * fmt.block_size).to(device)
+    kinds = ((NVFP4, "linear"), (NVFP4, "8x4"), (NVFP4, "128x4"), (MXFP4, "128x4"), (MXFP8, "8x4"))
+    for (fmt, layout), (rows, blocks) in itertools.product(kinds, ((37, 5), (128, 32))):  # ragged, and whole tiles
+        x = values(3, rows, blocks * fmt.block_size).to(device)
         gs = torch.tensor([500.0], device=device) if fmt is NVFP4 else None
-        payload = torch.empty(37, 5 * fmt.block_size // fmt.elements_per_byte, dtype=torch.uint8, device=device)
-        scales = torch.empty(scale_layouts.scale_shape(37, 5, layout), dtype=torch.uint8, device=device)
+        packed = blocks * fmt.block_size // fmt.elements_per_byte
+        payload = torch.empty(rows, packed, dtype=torch.uint8, device=device)
+        scales = torch.empty(scale_layouts.scale_shape(rows, blocks, layout), dtype=torch.uint8, device=device)
         out = torch.empty(x.shape, dtype=torch.float32, device=device)
         results = []
         for tile in (None, *_triton_quantize.shipped_tilings(fmt, layout)):
@@ -325,7 +327,7 @@ def check_every_shipped_tiling(device: str) -> None:
         for group in (quantized, dequantized):
             for other in group[1:]:
                 for a, b in zip(group[0], other, strict=True):
-                    assert_same_bytes(b, a, f"{fmt.name} {layout}")
+                    assert_same_bytes(b, a, f"{fmt.name} {layout} {rows}x{blocks}")
 
 
 CHECKS = [check for name, check in sorted(globals().items()) if name.startswith("check_")]

@@ -25,6 +25,7 @@ from ._triton_launch import (
     LAYOUT_CODES,
     AotCase,
     Tiling,
+    cut_anew,
     global_scale_form,
     launch,
     rows_of_units,
@@ -133,11 +134,14 @@ def dequantize_rows(
     payload, row_units = rows_of_units(payload, elements // fmt.elements_per_byte)
     rows = payload.shape[0]
     blocks = out.shape[-1] // fmt.block_size
+    global_scale, form = global_scale_form(global_scale)
+    if layout == scale_layouts.LINEAR and form != 2 and payload.is_contiguous():
+        rows, blocks = cut_anew(rows, blocks, (tile or tiling(layout, rows, blocks, split)).C)
+        row_units = blocks * split
     if tile is None:
         tile = tiling(layout, rows, blocks, split)
     col_tiles = triton.cdiv(blocks, tile.C)
     padded_rows, padded_cols = scale_layouts.scale_shape(rows, blocks, layout)
-    global_scale, form = global_scale_form(global_scale)
     launch(
         dequantize_kernel,
         (triton.cdiv(padded_rows, tile.R * tile.ITERS) * col_tiles,),

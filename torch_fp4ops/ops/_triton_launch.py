@@ -19,6 +19,7 @@ __all__ = [
     "LAYOUT_CODES",
     "AotCase",
     "Tiling",
+    "cut_anew",
     "global_scale_form",
     "launch",
     "rows_of_units",
@@ -39,12 +40,14 @@ LAUNCH_OPTIONS = {
 
 
 class Tiling(NamedTuple):
-    """How a matrix of blocks is cut up: R rows by C blocks a step, SPLIT threads a block, ITERS steps a program."""
+    """How a matrix of blocks is cut up: R rows by C blocks a step, SPLIT threads a block, ITERS steps a program, each
+    loaded AHEAD steps before it is worked on."""
 
     R: int
     C: int
     ITERS: int = 1
     SPLIT: int = 1
+    AHEAD: int = 1
 
     @property
     def threads(self) -> int:
@@ -116,6 +119,17 @@ def rows_of_units(x: Tensor, unit: int = 16) -> tuple[Tensor, int]:
         rows = rows.clone(memory_format=torch.contiguous_format)
         stride = rows.shape[1] * size
     return rows, stride // unit
+
+
+def cut_anew(rows: int, blocks: int, columns: int) -> tuple[int, int]:
+    """Rows and blocks a row of a contiguous matrix as a program likes them, whose tile has ``columns`` columns.
+
+    A cache's heads have 8 blocks a row; a tile of 128 would leave most of its threads without work.
+    """
+    count = rows * blocks
+    if count % columns == 0:
+        return count // columns, columns
+    return (1, count) if count < 1 << 24 else (rows, blocks)  # kernels index within a row in 32 bits
 
 
 def global_scale_form(global_scale: Tensor | None) -> tuple[Tensor | None, int]:

@@ -34,7 +34,11 @@ def product(a: Operand, b: Operand, out: Tensor, alpha: Tensor | None = None) ->
     if dtype is None or not _decodes_first(out):
         matmul(a, b, out, alpha)
         return
-    sums = torch.mm(_decoded(a, dtype), _decoded(b, dtype).t(), out_dtype=torch.float32)
+    a_decoded, b_decoded = _decoded(a, dtype), _decoded(b, dtype).t()
+    if alpha is None and out.dtype == dtype:
+        torch.mm(a_decoded, b_decoded, out=out)
+        return
+    sums = torch.mm(a_decoded, b_decoded, out_dtype=torch.float32)
     if alpha is None:
         out.copy_(sums)
     else:

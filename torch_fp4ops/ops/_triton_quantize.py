@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import scale_layouts
-from ..formats import FORMATS, MXFP8, NVFP4, BlockFormat
+from ..formats import FORMATS, NVFP4, BlockFormat
 from . import _triton_prims as p
 from . import _triton_tiles as t
 from ._triton_launch import (
@@ -26,6 +26,7 @@ from ._triton_launch import (
     LAYOUT_CODES,
     AotCase,
     Tiling,
+    cut_anew,
     global_scale_form,
     launch,
     rows_of_units,
@@ -57,27 +58,40 @@ def quantize_kernel(
     R: tl.constexpr,
     C: tl.constexpr,
     ITERS: tl.constexpr,
+    AHEAD: tl.constexpr,
+    EVEN: tl.constexpr,  # nothing is ragged or padded, so no mask is needed
 ):
     BLOCK: tl.constexpr = 16 if FORMAT == "nvfp4" else 32
     OCTETS: tl.constexpr = BLOCK // 8 // SPLIT
     WORDS: tl.constexpr = OCTETS * 2 if FORMAT == "mxfp8" else OCTETS
     UNITS: tl.constexpr = BLOCK * x_ptr.dtype.element_ty.primitive_bitwidth // 128 // SPLIT
     pid = tl.program_id(0)
-    row, col, part = t.position(pid, col_tiles, 0, LAYOUT, R, C, SPLIT, ITERS)
-    there = (row < rows) & (col < blocks)
-    units = t.load_units(x_ptr, row.to(tl.int64) * row_units + (col * SPLIT + part) * UNITS, there, UNITS)
+    if not EVEN and t.first_row(pid, col_tiles, LAYOUT, R, ITERS) >= rows:  # nothing but padding
+        for i in tl.static_range(ITERS):
+            row, col, part = t.position(pid, col_tiles, i, LAYOUT, R, C, SPLIT, ITERS)
+            offset = t.scale_offset(row, col, padded_cols, LAYOUT)
+            zero = tl.zeros_like(col).to(tl.uint8)
+            tl.store(scales_ptr + offset, zero, mask=(row < padded_rows) & (col < padded_cols) & (part == 0))
+        return
+    loaded = ()
+    for i in tl.static_range(min(AHEAD, ITERS)):
+        row, col, part = t.position(pid, col_tiles, i, LAYOUT, R, C, SPLIT, ITERS)
+        there = None if EVEN else (row < rows) & (col < blocks)
+        unit = row.to(tl.int64) * row_units + (col * SPLIT + part) * UNITS
+        loaded += (t.load_units(x_ptr, unit, there, UNITS),)
     encode = tl.full((1,), 1.0, tl.float32)
     decode = encode
     if GLOBAL == 1:
         encode, decode = p.encode_decode(tl.load(global_scale_ptr + tl.arange(0, 1)), INVERSED)
     for i in tl.static_range(ITERS):
+        if i + AHEAD < ITERS:  # loaded before this step stores, past which the compiler moves no load
+            row, col, part = t.position(pid, col_tiles, i + AHEAD, LAYOUT, R, C, SPLIT, ITERS)
+            there = None if EVEN else (row < rows) & (col < blocks)
+            unit = row.to(tl.int64) * row_units + (col * SPLIT + part) * UNITS
+            loaded += (t.load_units(x_ptr, unit, there, UNITS),)
+        units = loaded[i]
         row, col, part = t.position(pid, col_tiles, i, LAYOUT, R, C, SPLIT, ITERS)
-        there = (row < rows) & (col < blocks)
-        if i + 1 < ITERS:  # loaded before this step stores, past which the compiler moves no load
-            next_row, _, _ = t.position(pid, col_tiles, i + 1, LAYOUT, R, C, SPLIT, ITERS)
-            next_there = (next_row < rows) & (col < blocks)
-            unit = next_row.to(tl.int64) * row_units + (col * SPLIT + part) * UNITS
-            next_units = t.load_units(x_ptr, unit, next_there, UNITS)
+        there = None if EVEN else (row < rows) & (col < blocks)
         if GLOBAL == 2:
             encode, decode = p.encode_decode(tl.load(global_scale_ptr + row, mask=there, other=1.0), INVERSED)
         los, his = p.to_octets(units, x_ptr.dtype.element_ty, OCTETS, tl.expand_dims(6.0 * decode, 1))
@@ -93,34 +107,56 @@ def quantize_kernel(
         for j in tl.static_range(OCTETS):
             if FORMAT == "mxfp8":
                 front, back = p.pack_e4m3(los[j], his[j], multiplier)
-                words += (tl.where(there, front, 0), tl.where(there, back, 0))
+                if not EVEN:
+                    front = tl.where(there, front, 0)
+                    back = tl.where(there, back, 0)
+                words += (front, back)
             else:
                 words += (p.pack_e2m1(los[j], his[j], multiplier),)
         place = (row.to(tl.int64) * out_blocks + col) * SPLIT + part
-        t.store_words(payload_ptr, place, words, (row < rows) & (col < out_blocks), WORDS)
-        byte = tl.where(there, byte, 0).to(tl.uint8)
+        t.store_words(payload_ptr, place, words, None if EVEN else (row < rows) & (col < out_blocks), WORDS)
         offset = t.scale_offset(row, col, padded_cols, LAYOUT)
-        tl.store(scales_ptr + offset, byte, mask=(row < padded_rows) & (col < padded_cols) & (part == 0))
-        if i + 1 < ITERS:
-            units = next_units
+        if EVEN:
+            inside = part == 0
+        else:
+            byte = tl.where(there, byte, 0)
+            inside = (row < padded_rows) & (col < padded_cols) & (part == 0)
+        tl.store(scales_ptr + offset, byte.to(tl.uint8), mask=inside)
+
+
+# Steps a program, and how far ahead they are loaded, by the least number of elements of a call; a tile is 32 blocks of
+# 4 rows, or 128 of one. Measured on an NVIDIA H200 (benchmarks/quantize_probe.py). NVFP4's blocks leave registers
+# for a second step's loads; what is best where a call is two to four waves of programs depends on how full the last is.
+_STEPS = {
+    "nvfp4": ((1 << 28, 8, 2), (3 << 24, 4, 2), (1 << 25, 8, 1), (1 << 23, 4, 1), (1 << 22, 2, 1)),
+    "mxfp4": ((1 << 22, 4, 1),),
+    "mxfp8": ((1 << 22, 4, 1),),
+}
 
 
 def tiling(fmt: BlockFormat, layout: str, rows: int, blocks: int) -> Tiling:
-    """How a call is cut up. Few rows take one step a program, so that more programs share the latency."""
+    """How a call is cut up. Few elements take one step a program, so that more programs share the latency."""
     if INTERPRETED:  # few programs, as each takes long
         return Tiling(128, 16)
     return _tiling_on_gpu(fmt, layout, rows, blocks)
 
 
 def _tiling_on_gpu(fmt: BlockFormat, layout: str, rows: int, blocks: int) -> Tiling:
-    split = 2 if fmt is MXFP8 else 1
-    tile = Tiling(1, 128, SPLIT=split) if layout == scale_layouts.LINEAR else Tiling(4, 32, SPLIT=split)
-    return tile._replace(ITERS=4 if rows * blocks * fmt.block_size >= 1 << 22 else 1)
+    if layout == scale_layouts.LINEAR or (layout == scale_layouts.SWIZZLED_128X4 and rows <= 32):
+        tile = Tiling(1, 128)  # so few rows leave three of four strips empty
+    else:
+        tile = Tiling(4, 32)
+    elements = rows * blocks * fmt.block_size
+    for least, steps, ahead in _STEPS[fmt.name]:
+        if elements >= least and rows >= 32:
+            return tile._replace(ITERS=steps, AHEAD=ahead)
+    return tile
 
 
 def shipped_tilings(fmt: BlockFormat, layout: str) -> list[Tiling]:
     """Whatever :func:`tiling` returns."""
-    return list(dict.fromkeys(_tiling_on_gpu(fmt, layout, 1 << i, 1 << 8) for i in range(20)))
+    rows = (1, *(1 << i for i in range(10, 24)))
+    return list(dict.fromkeys(_tiling_on_gpu(fmt, layout, r, 1 << 8) for r in rows))
 
 
 def quantize_rows(
@@ -143,10 +179,17 @@ def quantize_rows(
     rows, k = x.shape
     blocks = k // fmt.block_size
     out_blocks = (k_padded or k) // fmt.block_size
+    same_cols = out_blocks == blocks
+    global_scale, form = global_scale_form(global_scale)
+    if layout == scale_layouts.LINEAR and form != 2 and same_cols and x.is_contiguous():
+        rows, blocks = cut_anew(rows, blocks, (tile or tiling(fmt, layout, rows, blocks)).C)
+        row_units = blocks * fmt.block_size * x.element_size() // 16
+        out_blocks = blocks
     padded_rows, padded_cols = scale_layouts.scale_shape(rows, out_blocks, layout)
     if tile is None:
         tile = tiling(fmt, layout, rows, out_blocks)
-    global_scale, form = global_scale_form(global_scale)
+    even = form != 2 and same_cols and (rows, blocks) == (padded_rows, padded_cols)
+    even = even and rows % (tile.R * tile.ITERS) == 0 and blocks % tile.C == 0
     col_tiles = triton.cdiv(padded_cols, tile.C)
     launch(
         quantize_kernel,
@@ -172,31 +215,45 @@ def quantize_rows(
         R=tile.R,
         C=tile.C,
         ITERS=tile.ITERS,
+        AHEAD=_ahead(tile, even, x.element_size()),
+        EVEN=even,
     )
+
+
+def _ahead(tile: Tiling, even: bool, itemsize: int) -> int:
+    """Masks or values of other sizes leave no registers for more than one step's loads."""
+    return tile.AHEAD if even and itemsize == 2 else 1
 
 
 _LARGE = 1 << 16
 
 
 def aot_cases() -> Iterator[AotCase]:
-    """Every format in every layout, the dtypes and forms of global scale for NVFP4, few rows and many."""
+    """Every format in every layout, ragged and even; the dtypes and forms of global scale for NVFP4; few rows, many."""
+    swizzled = scale_layouts.SWIZZLED_128X4
     for fmt in FORMATS.values():
         form = 1 if fmt.has_global_scale else 0
-        for layout in scale_layouts.LAYOUTS:
-            yield _aot_case(fmt, layout, "bf16", form, False, _LARGE)
-        yield _aot_case(fmt, scale_layouts.SWIZZLED_128X4, "bf16", form, False, 1)
-        yield _aot_case(fmt, scale_layouts.SWIZZLED_128X4, "fp32", form, False, _LARGE)
+        for even in (False, True):
+            for layout in scale_layouts.LAYOUTS:
+                yield _aot_case(fmt, layout, "bf16", form, False, _LARGE, even)
+            yield _aot_case(fmt, swizzled, "bf16", form, False, 1, even)
+            yield _aot_case(fmt, swizzled, "fp32", form, False, _LARGE, even)
+    for rows in (1 << 10, 1 << 11, 1 << 13, 3 << 12):
+        yield _aot_case(NVFP4, swizzled, "bf16", 1, False, rows, True)
     for dtype, form, inversed in (("fp16", 2, False), ("u8", 1, True), ("bf16", 1, True)):
-        yield _aot_case(NVFP4, scale_layouts.SWIZZLED_128X4, dtype, form, inversed, _LARGE)
+        yield _aot_case(NVFP4, swizzled, dtype, form, inversed, _LARGE, False)
 
 
-def _aot_case(fmt: BlockFormat, layout: str, dtype: str, form: int, inversed: bool, rows: int) -> AotCase:
-    tile = tiling(fmt, layout, rows, 1 << 8)
+def _aot_case(fmt: BlockFormat, layout: str, dtype: str, form: int, inversed: bool, rows: int, even: bool) -> AotCase:
+    tile = _tiling_on_gpu(fmt, layout, rows, 1 << 8)
+    ahead = _ahead(tile, even, 4 if dtype == "fp32" else 2)
     signature = {"x_ptr": f"*{dtype}", "payload_ptr": "*u8", "scales_ptr": "*u8", **dict.fromkeys(_SIZES, "i32")}
     constants = {"FORMAT": fmt.name, "LAYOUT": LAYOUT_CODES[layout], "GLOBAL": form, "INVERSED": inversed}
     if form:
         signature["global_scale_ptr"] = "*fp32"
     else:
         constants["global_scale_ptr"] = None
-    name = f"quantize-{fmt.name}-{layout}-{dtype}-gs{form}{'i' * inversed}-{tile.R}x{tile.C}x{tile.ITERS}s{tile.SPLIT}"
-    return AotCase(name, quantize_kernel, signature, {**constants, **tile._asdict()}, tile.threads)
+    shape = f"{tile.R}x{tile.C}x{tile.ITERS}s{tile.SPLIT}{f'a{ahead}' if ahead > 1 else ''}{'-even' * even}"
+    name = f"quantize-{fmt.name}-{layout}-{dtype}-gs{form}{'i' * inversed}-{shape}"
+    constants |= {**tile._asdict(), "AHEAD": ahead, "EVEN": even}
+    return AotCase(name, quantize_kernel, signature, constants, tile.threads)

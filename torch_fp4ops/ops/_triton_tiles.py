@@ -34,6 +34,18 @@ def position(pid, col_tiles, i, LAYOUT: tl.constexpr, R: tl.constexpr, C: tl.con
 
 
 @triton.jit
+def first_row(pid, col_tiles, LAYOUT: tl.constexpr, R: tl.constexpr, ITERS):
+    """The first of the rows that :func:`position` gives to a program."""
+    step = pid.to(tl.uint32) // col_tiles.to(tl.uint32) * ITERS
+    if LAYOUT == SWIZZLED_128X4:
+        S: tl.constexpr = 128 // R
+        row = step // S * 128 + step % S
+    else:
+        row = step * R
+    return row.to(tl.int32)
+
+
+@triton.jit
 def scale_offset(row, col, padded_cols, LAYOUT: tl.constexpr):
     """Where the scale of (row, col) lies in its layout (see ``scale_layouts``), int64."""
     if LAYOUT == LINEAR:
@@ -48,10 +60,13 @@ def scale_offset(row, col, padded_cols, LAYOUT: tl.constexpr):
 
 @triton.jit
 def _load_words(ptr, offset, mask):
-    """16 bytes a thread, as ``[N, 4]`` words. No value is defined where the mask is off."""
+    """16 bytes a thread, as ``[N, 4]`` words. No value is defined where the mask is off; None is on everywhere."""
     # A pointer's divisibility by 16 and that of the offset are what lets these be one 128-bit load.
     words = ptr.to(tl.pointer_type(tl.uint32)) + offset[:, None] * 4 + tl.arange(0, 4)[None, :]
-    return tl.load(words, mask=mask[:, None])
+    if mask is None:
+        return tl.load(words)
+    else:
+        return tl.load(words, mask=mask[:, None])
 
 
 @triton.jit
@@ -77,20 +92,27 @@ def load_narrow(ptr, offset, mask, BYTES: tl.constexpr):
 
 
 @triton.jit
+def _store(pointers, values, mask):
+    """``[N, W]`` values under a mask ``[N]``, or everywhere."""
+    if mask is None:
+        tl.store(pointers, values)
+    else:
+        tl.store(pointers, values, mask=mask[:, None])
+
+
+@triton.jit
 def store_words(ptr, offset, words, mask, WORDS: tl.constexpr):
     """WORDS words a thread, in stores as wide as they can be. ``offset`` ``[N]`` counts groups of WORDS words."""
     start = ptr.to(tl.pointer_type(tl.uint32))
     if WORDS == 1:
-        tl.store(start + offset, words[0], mask=mask)
+        _store(start + offset[:, None], words[0][:, None], mask)
     elif WORDS == 2:
-        tl.store(
-            start + offset[:, None] * 2 + tl.arange(0, 2)[None, :], tl.join(words[0], words[1]), mask=mask[:, None]
-        )
+        _store(start + offset[:, None] * 2 + tl.arange(0, 2)[None, :], tl.join(words[0], words[1]), mask)
     else:
         for i in tl.static_range(WORDS // 4):
             four = tl.join(tl.join(words[4 * i], words[4 * i + 2]), tl.join(words[4 * i + 1], words[4 * i + 3]))
             four = tl.reshape(four, (four.shape[0], 4))
-            tl.store(start + offset[:, None] * WORDS + 4 * i + tl.arange(0, 4)[None, :], four, mask=mask[:, None])
+            _store(start + offset[:, None] * WORDS + 4 * i + tl.arange(0, 4)[None, :], four, mask)
 
 
 @triton.jit

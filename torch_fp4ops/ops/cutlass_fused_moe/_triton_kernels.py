@@ -164,10 +164,11 @@ def swiglu_kernel(
     column = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     there = column < inter
     expert = tl.load(ids_ptr + row).to(tl.int64) - first_expert
-    if (expert < 0) | (expert >= experts):
+    own = (expert >= 0) & (expert < experts)
+    if not own:  # a foreign expert's row, which nothing has written, becomes zero
         expert = expert * 0
-    up = tl.load(up_gate_ptr + row * 2 * inter + column, mask=there, other=0.0)
-    gate = tl.load(up_gate_ptr + (row * 2 + 1) * inter + column, mask=there, other=0.0)
+    up = tl.load(up_gate_ptr + row * 2 * inter + column, mask=there & own, other=0.0)
+    gate = tl.load(up_gate_ptr + (row * 2 + 1) * inter + column, mask=there & own, other=0.0)
     if limit_ptr is not None:
         limit = tl.load(limit_ptr + expert)
     elif STEP:
@@ -187,7 +188,8 @@ def swiglu_kernel(
             gate = gate * _sigmoid(tl.load(alpha_ptr + expert) * gate)
         if beta_ptr is not None:
             up = up + tl.load(beta_ptr + expert)
-    tl.store(out_ptr + row * inter + column, p.round_to(gate * up, out_ptr.dtype.element_ty), mask=there)
+    product = tl.where(own, gate * up, 0.0)
+    tl.store(out_ptr + row * inter + column, p.round_to(product, out_ptr.dtype.element_ty), mask=there)
 
 
 def swiglu(

@@ -117,7 +117,10 @@ def cutlass_fused_moe_triton(
         x, share = Operand.of(mode.activations, input, input_sf, sf_layout), top_k
     else:
         x, share = _activations(input, mode.activations, scales.get("fc1_act_global"), by_row, top_k)
-    up_gate = _grouped(x, fc1, routing, share, scales.get("fc1_global"), fc1_expert_biases, config)
+    up_gate = input.new_empty((rows, fc1.elements.shape[1]), dtype=torch.float32)
+    if activation_type not in _SWIGLU:
+        up_gate.zero_()  # torch's functions see the rows of foreign experts too
+    _grouped(x, fc1, routing, share, scales.get("fc1_global"), fc1_expert_biases, config, up_gate)
     parameters = (swiglu_alpha, swiglu_beta, swiglu_limit)
     if activation_type in _SWIGLU:
         activated = input.new_empty((rows, fc2.k), dtype=between)
@@ -128,7 +131,8 @@ def cutlass_fused_moe_triton(
     del up_gate
     h, _ = _activations(activated, mode.activations, scales.get("fc2_act_global"), by_row, 1)
     bias = fc2_expert_biases if tp_rank == 0 else None
-    y = _grouped(h, fc2, routing, 1, scales.get("fc2_global"), bias, config)
+    y = input.new_empty((rows, hidden), dtype=torch.float32)
+    _grouped(h, fc2, routing, 1, scales.get("fc2_global"), bias, config, y)
     combine(y, token_selected_experts, token_final_scales, out, first, experts)
     return out
 
@@ -166,12 +170,11 @@ def _grouped(
     alpha: Tensor | None,
     bias: Tensor | None,
     config: Config,
-) -> Tensor:
+    out: Tensor,
+) -> None:
     """The fp32 product of every routed row with its expert's weights. Rows of foreign experts stay unwritten."""
-    out = a.elements.new_empty((routing.order.shape[0], b.elements.shape[1]), dtype=torch.float32)
     alpha, bias = (None if t is None else t.contiguous() for t in (alpha, bias))
     matmul(a, b, out, grouping=Grouping(routing.schedule, routing.order, share, alpha, bias), config=config)
-    return out
 
 
 def offline_cases() -> Iterator[MatmulCase]:

@@ -10,6 +10,7 @@ from ...block_quantization import dequantize_blocks
 from ...contracts import Call, Out
 from ...formats import MXFP8
 from ...registry import op
+from ...selection import Preference
 from .. import _matmul, _scales
 from ..mm_fp4 import a_layout
 
@@ -32,7 +33,17 @@ def _contract(call: Call) -> Out:
     return Out((m, n), call.out_dtype)
 
 
-@op(contract=_contract, byte_arguments=("a_descale", "b_descale"))
+_PREFERENCES = (
+    Preference(
+        "triton",
+        "cuda",
+        "NVIDIA H200: one kernel up to 128 rows; above, both sides are decoded for cuBLAS; the reference multiplies in "
+        "fp32",
+    ),
+)
+
+
+@op(preferences=_PREFERENCES, contract=_contract, byte_arguments=("a_descale", "b_descale"))
 def mm_mxfp8(
     a: Tensor,
     b: Tensor,
