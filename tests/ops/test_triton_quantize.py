@@ -306,8 +306,9 @@ def check_every_shipped_tiling(device: str) -> None:
     """The interpreter has tiles of its own, so that it has few programs to run; these are the GPU's."""
     from torch_fp4ops.ops import _triton_dequantize, _triton_quantize
 
-    kinds = ((NVFP4, "linear"), (NVFP4, "8x4"), (NVFP4, "128x4"), (MXFP4, "128x4"), (MXFP8, "8x4"))
-    for (fmt, layout), (rows, blocks) in itertools.product(kinds, ((37, 5), (128, 32))):  # ragged, and whole tiles
+    ragged, whole = (37, 5), (128, 32)
+    kinds = [(fmt, layout, *ragged) for fmt in FORMATS.values() for layout in scale_layouts.LAYOUTS]
+    for fmt, layout, rows, blocks in (*kinds, (NVFP4, "128x4", *whole), (MXFP8, "linear", *whole)):
         x = values(3, rows, blocks * fmt.block_size).to(device)
         gs = torch.tensor([500.0], device=device) if fmt is NVFP4 else None
         packed = blocks * fmt.block_size // fmt.elements_per_byte

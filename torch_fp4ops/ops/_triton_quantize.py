@@ -10,6 +10,7 @@ neighbours in memory. Programs cover the padded shape of the scales; the padding
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -124,14 +125,15 @@ def quantize_kernel(
         tl.store(scales_ptr + offset, byte.to(tl.uint8), mask=inside)
 
 
-# Steps a program, and how far ahead they are loaded, by the least number of elements of a call; a tile is 32 blocks of
-# 4 rows, or 128 of one. Measured on an NVIDIA H200 (benchmarks/quantize_probe.py). NVFP4's blocks leave registers
-# for a second step's loads; what is best where a call is two to four waves of programs depends on how full the last is.
+# Steps a program, and how far ahead they are loaded, by the least number of elements of a call. Measured on an NVIDIA
+# H200 (benchmarks/quantize_probe.py). NVFP4's blocks leave registers for a second step's loads; what is best where a
+# call is two to four waves of programs depends on how full the last one is.
 _STEPS = {
     "nvfp4": ((1 << 28, 8, 2), (3 << 24, 4, 2), (1 << 25, 8, 1), (1 << 23, 4, 1), (1 << 22, 2, 1)),
-    "mxfp4": ((1 << 22, 4, 1),),
-    "mxfp8": ((1 << 22, 4, 1),),
+    "mxfp4": ((3 << 24, 4, 1), (1 << 25, 2, 1), (1 << 22, 4, 1)),
+    "mxfp8": ((3 << 24, 4, 1), (1 << 25, 2, 1), (1 << 22, 4, 1)),
 }
+_TILE = 128  # blocks, a thread each
 
 
 def tiling(fmt: BlockFormat, layout: str, rows: int, blocks: int) -> Tiling:
@@ -142,21 +144,24 @@ def tiling(fmt: BlockFormat, layout: str, rows: int, blocks: int) -> Tiling:
 
 
 def _tiling_on_gpu(fmt: BlockFormat, layout: str, rows: int, blocks: int) -> Tiling:
-    if layout == scale_layouts.LINEAR or (layout == scale_layouts.SWIZZLED_128X4 and rows <= 32):
-        tile = Tiling(1, 128)  # so few rows leave three of four strips empty
-    else:
-        tile = Tiling(4, 32)
     elements = rows * blocks * fmt.block_size
+    if layout != scale_layouts.LINEAR and blocks <= 16:
+        columns = 8 if blocks <= 8 else 16
+        return Tiling(_TILE // columns, columns, ITERS=4 if elements >= 1 << 22 else 1)
+    if layout == scale_layouts.LINEAR or (layout == scale_layouts.SWIZZLED_128X4 and rows < 128):
+        tile = Tiling(1, _TILE)  # of rows so few, those 32 apart are mostly padding
+    else:
+        tile = Tiling(_TILE // 32, 32)
     for least, steps, ahead in _STEPS[fmt.name]:
-        if elements >= least and rows >= 32:
+        if elements >= least and rows >= 128:
             return tile._replace(ITERS=steps, AHEAD=ahead)
     return tile
 
 
 def shipped_tilings(fmt: BlockFormat, layout: str) -> list[Tiling]:
     """Whatever :func:`tiling` returns."""
-    rows = (1, *(1 << i for i in range(10, 24)))
-    return list(dict.fromkeys(_tiling_on_gpu(fmt, layout, r, 1 << 8) for r in rows))
+    shapes = itertools.product((1, *(1 << i for i in range(10, 24))), (8, 16, 1 << 8))
+    return list(dict.fromkeys(_tiling_on_gpu(fmt, layout, rows, blocks) for rows, blocks in shapes))
 
 
 def quantize_rows(
@@ -240,12 +245,16 @@ def aot_cases() -> Iterator[AotCase]:
             yield _aot_case(fmt, swizzled, "fp32", form, False, _LARGE, even)
     for rows in (1 << 10, 1 << 11, 1 << 13, 3 << 12):
         yield _aot_case(NVFP4, swizzled, "bf16", 1, False, rows, True)
+    for blocks in (8, 16):
+        yield _aot_case(NVFP4, swizzled, "bf16", 1, False, _LARGE, True, blocks)
     for dtype, form, inversed in (("fp16", 2, False), ("u8", 1, True), ("bf16", 1, True)):
         yield _aot_case(NVFP4, swizzled, dtype, form, inversed, _LARGE, False)
 
 
-def _aot_case(fmt: BlockFormat, layout: str, dtype: str, form: int, inversed: bool, rows: int, even: bool) -> AotCase:
-    tile = _tiling_on_gpu(fmt, layout, rows, 1 << 8)
+def _aot_case(
+    fmt: BlockFormat, layout: str, dtype: str, form: int, inversed: bool, rows: int, even: bool, blocks: int = 256
+) -> AotCase:
+    tile = _tiling_on_gpu(fmt, layout, rows, blocks)
     ahead = _ahead(tile, even, 4 if dtype == "fp32" else 2)
     signature = {"x_ptr": f"*{dtype}", "payload_ptr": "*u8", "scales_ptr": "*u8", **dict.fromkeys(_SIZES, "i32")}
     constants = {"FORMAT": fmt.name, "LAYOUT": LAYOUT_CODES[layout], "GLOBAL": form, "INVERSED": inversed}
