@@ -1,4 +1,4 @@
-"""Runs functions in a process whose Triton interprets kernels on the CPU.
+"""Where checks of Triton kernels run: on a GPU, or in a process whose Triton interprets kernels on the CPU.
 
 Whether Triton interprets is settled when a kernel's module is imported, so one process can't do both.
 """
@@ -9,9 +9,25 @@ import importlib
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, is_hypothesis_test, settings
+
+_SHARDS = int(os.environ.get("PROPERTY_SHARDS", "1"))
+
+
+def few(examples: int = 40) -> settings:
+    """Settings of a property of a kernel: conftest's profiles are not loaded in the interpreter's process, and only a
+    GPU takes thousands of examples."""
+    nightly = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
+    return settings(
+        max_examples=examples * 100 // _SHARDS if nightly else examples,
+        deadline=None,
+        suppress_health_check=[HealthCheck.too_slow],
+    )
 
 
 def _start() -> None:
@@ -39,3 +55,14 @@ class Interpreter:
 
     def close(self) -> None:
         self._pool.shutdown()
+
+
+def gpu_cases(checks: Sequence[Callable[[str], None]]) -> list[Any]:
+    """The checks as parameters of a test on a GPU. Properties come in PROPERTY_SHARDS copies, each with examples of its
+    own, so that processes can share the work."""
+    cases = []
+    for check in checks:
+        name = check.__name__.removeprefix("check_")
+        for shard in range(_SHARDS if is_hypothesis_test(check) else 1):
+            cases.append(pytest.param(check, id=f"{name}-{shard}" if shard else name))
+    return cases

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
-from benchmarks import cases, host_overhead, peers, plots, report, run, timing, verify
+from benchmarks import cases, gpu_report, host_overhead, peers, plots, report, run, timing, verify
 from benchmarks.report import Row
 from torch_fp4ops import OPS
 from torch_fp4ops.testing import Sample
@@ -329,3 +329,15 @@ def test_the_probe_of_host_overhead_leaves_no_op_behind():
         assert float(getattr(torch.ops.fp4, probe.name)(torch.ones(1, 2)).sum()) == -2
     assert set(OPS) == before
     assert host_overhead.us_per_call(lambda: Sample("", ()), calls=100, runs=3) > 0
+
+
+def test_unwritten_reads_are_told_apart(tmp_path):
+    log = tmp_path / "log"
+    log.write_text(
+        "========= Uninitialized __global__ memory read of size 16 bytes\n"
+        "=========     at swiglu_kernel+0x330 in _triton_kernels.py:170\n"
+        "=========     by thread (0,0,0) in block (8,0,0)\n"
+        "========= Uninitialized __global__ memory read of size 4 bytes\n"
+        "=========     at void at::native::elementwise_kernel<(int)128>(int, T3)+0x19b0\n"
+    )
+    assert gpu_report.count_unwritten_reads(str(log)) == {"unwritten_reads": 1, "unwritten_reads_of_torch": 1}

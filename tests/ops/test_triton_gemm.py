@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
@@ -25,7 +25,7 @@ from torch_fp4ops.testing import Sample, assert_matmul_close, assert_right, samp
 from torch_fp4ops.testing.samples import values
 from torch_fp4ops.testing.strategies import row_counts
 
-from ..interpreter import Interpreter
+from ..interpreter import Interpreter, few, gpu_cases
 from .test_triton_quantize import poisoned_memory
 
 pytest.importorskip("triton", reason="needs Triton")
@@ -33,8 +33,6 @@ pytest.importorskip("triton", reason="needs Triton")
 MATMULS = ("mm_bf16_fp4", "mm_fp4", "mm_mxfp8")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 FORMATS = (NVFP4, MXFP4, MXFP8)
-
-few = settings(max_examples=25, deadline=None)
 
 
 def codes(seed: int, rows: int, k: int, fmt: BlockFormat, exponents: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -102,7 +100,7 @@ def check_samples(device: str) -> None:
                     assert_right(op, sample, "triton")
 
 
-@few
+@few(25)
 @given(
     m=row_counts(140),
     n=st.integers(1, 140),
@@ -244,7 +242,7 @@ def check_every_configuration(device: str) -> None:
         assert_matmul_close(out.cpu(), a, dequantized(b, MXFP4))
 
 
-@settings(max_examples=12, deadline=None)
+@few(12)
 @given(
     tokens=st.integers(1, 70),
     seed=st.integers(0, 2**31),
@@ -313,7 +311,7 @@ def test_in_the_interpreter(interpreter, check):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("check", CHECKS, ids=_name)
+@pytest.mark.parametrize("check", gpu_cases(CHECKS))
 def test_on_a_gpu(check):
     check("cuda")
 

@@ -9,13 +9,12 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-import os
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -27,7 +26,7 @@ from torch_fp4ops.testing import assert_right, assert_same_bytes, samples
 from torch_fp4ops.testing.samples import values
 from torch_fp4ops.testing.strategies import matrices
 
-from ..interpreter import Interpreter
+from ..interpreter import Interpreter, few, gpu_cases
 
 pytest.importorskip("triton", reason="needs Triton")
 
@@ -43,13 +42,6 @@ OP_NAMES = (
 FLAGS = {"128x4": (True, False), "8x4": (True, True), "linear": (False, False)}
 LAYOUTS = tuple(FLAGS)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-# conftest's profiles are not loaded in the interpreter's process.
-few = settings(
-    max_examples=3000 if os.environ.get("HYPOTHESIS_PROFILE") == "nightly" else 40,
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow],
-)
 
 
 @contextlib.contextmanager
@@ -107,7 +99,7 @@ def check_rows_and_ragged_columns(device: str) -> None:
         quantize(device, fmt, layout, values(m, m, blocks * fmt.block_size), torch.tensor([700.0]))
 
 
-@few
+@few()
 @given(
     x=matrices(block=32),
     fmt=st.sampled_from(list(FORMATS.values())),
@@ -124,7 +116,7 @@ def check_hard_values(device: str, x: Tensor, fmt: BlockFormat, layout: str, inv
     quantize(device, fmt, layout, x, torch.tensor([scale]), inversed)
 
 
-@few
+@few()
 @given(x=matrices(), inversed=st.booleans(), seed=st.integers(0, 2**31), layout=st.sampled_from(LAYOUTS))
 def check_a_global_scale_for_each_row(device: str, x: Tensor, inversed: bool, seed: int, layout: str) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -193,13 +185,13 @@ def check_views(device: str) -> None:
         compare(device, OPS["nvfp4_kv_dequantize"], view, scales, torch.tensor([0.01]), out_dtype)
 
 
-@few
+@few()
 @given(x=matrices(block=32, max_blocks=3), alignment=st.sampled_from([32, 64, 128]), layout=st.integers(0, 2))
 def check_mxfp8_pads_columns_with_zeros(device: str, x: Tensor, alignment: int, layout: int) -> None:
     compare(device, OPS["mxfp8_quantize"], x, True, alignment, sf_swizzle_layout=layout)
 
 
-@few
+@few()
 @given(
     x=matrices(rows=st.integers(1, 140), block=32),
     fmt=st.sampled_from(list(FORMATS.values())),
@@ -244,7 +236,7 @@ def check_every_code_and_scale(device: str) -> None:
         compare(device, OPS["mxfp8_dequantize"], elements, scales[:, :8].contiguous(), False, out_dtype=out_dtype)
 
 
-@few
+@few()
 @given(
     x=matrices(rows=st.integers(0, 9), block=16, max_blocks=8),
     heads=st.integers(1, 5),
@@ -351,7 +343,7 @@ def test_in_the_interpreter(interpreter, check):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("check", CHECKS, ids=_name)
+@pytest.mark.parametrize("check", gpu_cases(CHECKS))
 def test_on_a_gpu(check):
     check("cuda")
 
