@@ -2,6 +2,8 @@
 
 VENV ?= .venv
 JOBS ?= 2
+NEWEST_TRITON ?= 3.9.0
+NEWEST := $(VENV)/triton-$(NEWEST_TRITON)
 ARGS ?=
 
 # Where pip takes torch from; empty is pip's own configuration. PyTorch's index of CPU wheels saves gigabytes of CUDA
@@ -18,11 +20,11 @@ with  = $(addprefix $(VENV)/.with-,$(1))
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint typecheck bench clean own-torch
+.PHONY: help demo test offline offline-newest lint typecheck bench clean own-torch
 .NOTPARALLEL:  # one pip at a time
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo
 	@echo "Settings:"
 	@echo "  PYTHON=...       use this interpreter as it is (it has its own torch, e.g. a CUDA build): nothing is installed"
@@ -36,6 +38,16 @@ demo: $(call with,demo)  ## quantize a real model and show what changes
 
 test: $(call with,test demo bench)  ## all tests that this machine can run
 	$(PY) -m pytest $(if $(filter-out 1,$(JOBS)),-n $(JOBS)) $(ARGS)
+
+offline: $(call with,test)  ## compile every Triton kernel for every target, without a GPU, and print a table
+	$(PY) compile_tests/offline.py $(ARGS)
+	$(PY) -m compile_tests.test_triton_gemm_offline
+
+# Compiling needs no torch that goes with this Triton, so it lies beside the environment's own.
+offline-newest: $(call with,test)  ## the tests of that, with the newest Triton that is known to work
+	test -d $(NEWEST) || $(PY) -m pip install -qq --no-deps --target $(NEWEST) triton==$(NEWEST_TRITON)
+	PYTHONPATH=$(NEWEST) $(PY) -m pytest $(if $(filter-out 1,$(JOBS)),-n $(JOBS)) \
+		compile_tests/test_triton_offline.py compile_tests/test_triton_gemm_offline.py $(ARGS)
 
 lint: $(call with,dev)  ## style and format, nothing is changed
 	$(PY) -m ruff check
