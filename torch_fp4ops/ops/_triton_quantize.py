@@ -1,5 +1,7 @@
 """The Triton kernel that quantises rows of values in blocks: NVFP4, MXFP4 and MXFP8, in every scale layout.
 
+The values are those of x, or ``silu(gate) * up`` where a row of x has both halves.
+
 A thread holds a whole block (or 1 / SPLIT of one), so amax, scale and packing stay in registers. A program holds R
 rows by C blocks at a time. In the 128x4 layout the R rows lie 32 apart, because the scales of such rows are
 neighbours in memory. Programs cover the padded shape of the scales; the padding is written by whoever owns it.
@@ -10,6 +12,7 @@ neighbours in memory. Programs cover the padded shape of the scales; the padding
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -18,7 +21,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import scale_layouts
-from ..formats import FORMATS, MXFP8, NVFP4, BlockFormat
+from ..formats import FORMATS, MXFP4, MXFP8, NVFP4, BlockFormat, fp4_format
+from . import _triton_activations as a
 from . import _triton_prims as p
 from . import _triton_tiles as t
 from ._triton_launch import (
@@ -31,7 +35,7 @@ from ._triton_launch import (
     rows_of_units,
 )
 
-__all__ = ["quantize_kernel", "quantize_rows"]
+__all__ = ["fp4_outputs", "quantize_kernel", "quantize_rows"]
 
 _SIZES = ["rows", "row_units", "blocks", "out_blocks", "padded_rows", "padded_cols", "col_tiles"]
 
@@ -44,7 +48,7 @@ def quantize_kernel(
     scales_ptr,
     rows,
     row_units,  # 16-byte units from one row of x to the next
-    blocks,  # of a row of x
+    blocks,  # of a row of x, or of half of it
     out_blocks,  # of a row of the payload: more than x has where K is padded
     padded_rows,
     padded_cols,
@@ -53,6 +57,7 @@ def quantize_kernel(
     LAYOUT: tl.constexpr,
     GLOBAL: tl.constexpr,
     INVERSED: tl.constexpr,
+    GATED: tl.constexpr,
     SPLIT: tl.constexpr,
     R: tl.constexpr,
     C: tl.constexpr,
@@ -65,7 +70,10 @@ def quantize_kernel(
     pid = tl.program_id(0)
     row, col, part = t.position(pid, col_tiles, 0, LAYOUT, R, C, SPLIT, ITERS)
     there = (row < rows) & (col < blocks)
-    units = t.load_units(x_ptr, row.to(tl.int64) * row_units + (col * SPLIT + part) * UNITS, there, UNITS)
+    unit = row.to(tl.int64) * row_units + (col * SPLIT + part) * UNITS
+    units = t.load_units(x_ptr, unit, there, UNITS)
+    if GATED:
+        ups = t.load_units(x_ptr, unit + blocks * SPLIT * UNITS, there, UNITS)
     encode = tl.full((1,), 1.0, tl.float32)
     decode = encode
     if GLOBAL == 1:
@@ -78,9 +86,14 @@ def quantize_kernel(
             next_there = (next_row < rows) & (col < blocks)
             unit = next_row.to(tl.int64) * row_units + (col * SPLIT + part) * UNITS
             next_units = t.load_units(x_ptr, unit, next_there, UNITS)
+            if GATED:
+                next_ups = t.load_units(x_ptr, unit + blocks * SPLIT * UNITS, next_there, UNITS)
         if GLOBAL == 2:
             encode, decode = p.encode_decode(tl.load(global_scale_ptr + row, mask=there, other=1.0), INVERSED)
         los, his = p.to_octets(units, x_ptr.dtype.element_ty, OCTETS, tl.expand_dims(6.0 * decode, 1))
+        if GATED:
+            up_los, up_his = p.to_octets(ups, x_ptr.dtype.element_ty, OCTETS, None)
+            los, his = a.silu_and_mul(los, his, up_los, up_his, OCTETS)
         amax = p.block_amax(los, his, OCTETS, SPLIT)
         if FORMAT == "nvfp4":
             byte, multiplier = p.nvfp4_scale(amax, encode, decode)
@@ -103,6 +116,8 @@ def quantize_kernel(
         tl.store(scales_ptr + offset, byte, mask=(row < padded_rows) & (col < padded_cols) & (part == 0))
         if i + 1 < ITERS:
             units = next_units
+            if GATED:
+                ups = next_ups
 
 
 def tiling(fmt: BlockFormat, layout: str, rows: int, blocks: int) -> Tiling:
@@ -123,6 +138,19 @@ def shipped_tilings(fmt: BlockFormat, layout: str) -> list[Tiling]:
     return list(dict.fromkeys(_tiling_on_gpu(fmt, layout, 1 << i, 1 << 8) for i in range(20)))
 
 
+def fp4_outputs(
+    x: Tensor, k: int, sf_vec_size: int, sf_use_ue8m0: bool, is_sf_swizzled_layout: bool, is_sf_8x4_layout: bool
+) -> tuple[BlockFormat, str, Tensor, Tensor]:
+    """Format, scale layout, and uninitialised codes and scales for rows of K values that x stands for."""
+    fmt = fp4_format(sf_vec_size, sf_use_ue8m0)
+    assert fmt is not None
+    layout = scale_layouts.layout_from_flags(is_sf_swizzled_layout, is_sf_8x4_layout)
+    leading = x.shape[:-1]
+    codes = x.new_empty((*leading, k // 2), dtype=torch.uint8)
+    shape = scale_layouts.scale_shape(math.prod(leading), k // fmt.block_size, layout)
+    return fmt, layout, codes, x.new_empty(shape, dtype=torch.uint8)
+
+
 def quantize_rows(
     x: Tensor,
     fmt: BlockFormat,
@@ -132,15 +160,20 @@ def quantize_rows(
     payload: Tensor,
     scales: Tensor,
     k_padded: int | None = None,
+    gated: bool = False,
     tile: Tiling | None = None,
 ) -> None:
-    """Quantise ``x``, flattened to rows, into ``payload`` and ``scales``, every byte of which is written."""
+    """Quantise ``x``, flattened to rows, into ``payload`` and ``scales``, every byte of which is written.
+
+    ``gated``: the rows are ``[gate, up]``, and what is quantised is ``silu(gate) * up``.
+    """
     if not scales.numel() and not payload.numel():
         return
     if x.dtype == torch.float8_e4m3fn:
         x = x.view(torch.uint8)  # Triton knows no E4M3 on compute capability 8.0
     x, row_units = rows_of_units(x)
     rows, k = x.shape
+    k = k // 2 if gated else k
     blocks = k // fmt.block_size
     out_blocks = (k_padded or k) // fmt.block_size
     padded_rows, padded_cols = scale_layouts.scale_shape(rows, out_blocks, layout)
@@ -168,6 +201,7 @@ def quantize_rows(
         LAYOUT=LAYOUT_CODES[layout],
         GLOBAL=form,
         INVERSED=inversed,
+        GATED=gated,
         SPLIT=tile.SPLIT,
         R=tile.R,
         C=tile.C,
@@ -188,15 +222,30 @@ def aot_cases() -> Iterator[AotCase]:
         yield _aot_case(fmt, scale_layouts.SWIZZLED_128X4, "fp32", form, False, _LARGE)
     for dtype, form, inversed in (("fp16", 2, False), ("u8", 1, True), ("bf16", 1, True)):
         yield _aot_case(NVFP4, scale_layouts.SWIZZLED_128X4, dtype, form, inversed, _LARGE)
+    for fmt, layout, dtype, rows in (
+        (NVFP4, scale_layouts.SWIZZLED_128X4, "bf16", _LARGE),
+        (NVFP4, scale_layouts.SWIZZLED_128X4, "bf16", 1),
+        (NVFP4, scale_layouts.SWIZZLED_128X4, "fp32", _LARGE),
+        (NVFP4, scale_layouts.LINEAR, "fp16", _LARGE),
+        (MXFP4, scale_layouts.SWIZZLED_128X4, "bf16", _LARGE),
+        (MXFP4, scale_layouts.SWIZZLED_128X4, "fp32", _LARGE),
+    ):
+        yield _aot_case(fmt, layout, dtype, 1 if fmt.has_global_scale else 0, False, rows, gated=True)
 
 
-def _aot_case(fmt: BlockFormat, layout: str, dtype: str, form: int, inversed: bool, rows: int) -> AotCase:
+def _aot_case(
+    fmt: BlockFormat, layout: str, dtype: str, form: int, inversed: bool, rows: int, gated: bool = False
+) -> AotCase:
     tile = tiling(fmt, layout, rows, 1 << 8)
     signature = {"x_ptr": f"*{dtype}", "payload_ptr": "*u8", "scales_ptr": "*u8", **dict.fromkeys(_SIZES, "i32")}
     constants = {"FORMAT": fmt.name, "LAYOUT": LAYOUT_CODES[layout], "GLOBAL": form, "INVERSED": inversed}
+    constants["GATED"] = gated
     if form:
         signature["global_scale_ptr"] = "*fp32"
     else:
         constants["global_scale_ptr"] = None
-    name = f"quantize-{fmt.name}-{layout}-{dtype}-gs{form}{'i' * inversed}-{tile.R}x{tile.C}x{tile.ITERS}s{tile.SPLIT}"
+    name = (
+        f"quantize-{'silu-' * gated}{fmt.name}-{layout}-{dtype}-gs{form}{'i' * inversed}"
+        f"-{tile.R}x{tile.C}x{tile.ITERS}s{tile.SPLIT}"
+    )
     return AotCase(name, quantize_kernel, signature, {**constants, **tile._asdict()}, tile.threads)
