@@ -314,9 +314,14 @@ def a_weight_of_rows(x):
     return quantize(F.rms_norm(x, (128,)) * x[:, :1])
 
 
+def in_fp64(x):
+    gate, up = x.double().chunk(2, dim=-1)
+    return quantize((F.silu(gate) * up).float())
+
+
 LEFT_ALONE = [product_used_twice, activation_used_twice, separate_tensors, up_first, every_other_column]
 LEFT_ALONE += [halves_of_rows, three_parts, gelu, norm_used_twice, norm_of_two_dimensions, layer_norm]
-LEFT_ALONE += [mean_of_another, cube, a_weight_of_rows]
+LEFT_ALONE += [mean_of_another, cube, a_weight_of_rows, in_fp64]
 
 
 @pytest.mark.parametrize("function", LEFT_ALONE, ids=lambda f: f.__name__)
