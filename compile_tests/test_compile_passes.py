@@ -92,7 +92,9 @@ def through_views(x):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("function", [slices, chunks, splits, sigmoid, in_fp32, through_views], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "function", [slices, chunks, splits, sigmoid, in_fp32, through_views], ids=lambda f: f.__name__
+)
 def test_silu_and_mul_is_found(function, dtype):
     x = values(0, 5, 128, dtype=dtype)
     out, record, _ = compile_and_run(function, x)

@@ -22,7 +22,7 @@ from ..formats import MXFP4, NVFP4, BlockFormat
 from . import _triton_activations as a
 from . import _triton_prims as p
 from . import _triton_tiles as t
-from ._triton_launch import LAYOUT_CODES, AotCase, global_scale_form, launch, rows_of_units
+from ._triton_launch import INTERPRETED, LAYOUT_CODES, AotCase, global_scale_form, launch, rows_of_units
 
 __all__ = ["LONGEST_ROW", "rms_norm_quantize_kernel", "rms_norm_quantize_rows"]
 
@@ -133,9 +133,7 @@ def _load_weight(weight_ptr, col, blocks, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _load_row(
-    x_ptr, row, col, rows, row_units, blocks, UNITS: tl.constexpr, C: tl.constexpr, STEPS: tl.constexpr
-):
+def _load_row(x_ptr, row, col, rows, row_units, blocks, UNITS: tl.constexpr, C: tl.constexpr, STEPS: tl.constexpr):
     units = ()
     for s in tl.static_range(STEPS):
         there = (row < rows) & (col + s * C < blocks)
@@ -183,6 +181,13 @@ def tiling(fmt: BlockFormat, rows: int, cols: int) -> RowTiling:
     Few rows are cut finer, so that more threads share the latency; many take several steps a program, so that one
     row is loaded while another is summed.
     """
+    if INTERPRETED:  # few programs, as each takes long
+        c = triton.next_power_of_2(cols)
+        return RowTiling(max(1, min(128, 4096 // c)), c, 1)
+    return _tiling_on_gpu(fmt, rows, cols)
+
+
+def _tiling_on_gpu(fmt: BlockFormat, rows: int, cols: int) -> RowTiling:
     many = rows >= 1024
     blocks_a_thread = 32 // fmt.block_size if many else 1
     c = 8
@@ -194,7 +199,7 @@ def tiling(fmt: BlockFormat, rows: int, cols: int) -> RowTiling:
 
 def shipped_tilings(fmt: BlockFormat, cols: int) -> list[RowTiling]:
     """Whatever :func:`tiling` returns for rows of so many blocks."""
-    return list(dict.fromkeys(tiling(fmt, rows, cols) for rows in (1, 1 << 20)))
+    return list(dict.fromkeys(_tiling_on_gpu(fmt, rows, cols) for rows in (1, 1 << 20)))
 
 
 def rms_norm_quantize_rows(
@@ -253,16 +258,18 @@ def aot_cases() -> Iterator[AotCase]:
     for k in (128, 4096, 16384):
         for rows in (1, 1 << 16):
             yield _aot_case(NVFP4, swizzled, "bf16", "bf16", 1, k, rows)
-    for dtype, weight, form, k in (("fp32", "fp32", 2, 8192), ("fp16", None, 1, 8192), ("fp32", "fp32", 1, LONGEST_ROW)):
+    for dtype, weight, form, k in (
+        ("fp32", "fp32", 2, 8192),
+        ("fp16", None, 1, 8192),
+        ("fp32", "fp32", 1, LONGEST_ROW),
+    ):
         yield _aot_case(NVFP4, swizzled, dtype, weight, form, k, 1 << 16)
     yield _aot_case(NVFP4, linear, "bf16", "fp32", 1, 16384, 1 << 16)
     for dtype, layout, k in (("bf16", swizzled, 8192), ("fp32", scale_layouts.SWIZZLED_8X4, LONGEST_ROW)):
         yield _aot_case(MXFP4, layout, dtype, dtype, 0, k, 1 << 16)
 
 
-def _aot_case(
-    fmt: BlockFormat, layout: str, dtype: str, weight: str | None, form: int, k: int, rows: int
-) -> AotCase:
+def _aot_case(fmt: BlockFormat, layout: str, dtype: str, weight: str | None, form: int, k: int, rows: int) -> AotCase:
     tile = tiling(fmt, rows, scale_layouts.scale_shape(rows, k // fmt.block_size, layout)[1])
     signature = {"x_ptr": f"*{dtype}", "payload_ptr": "*u8", "scales_ptr": "*u8"}
     signature |= {**dict.fromkeys(_SIZES, "i32"), **dict.fromkeys(_FLOATS, "fp32")}
