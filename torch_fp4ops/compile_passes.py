@@ -131,9 +131,9 @@ def _fuse(graph: Graph, quantize: Node, name: str) -> bool:
     return True
 
 
-def _arguments(node: Node) -> dict[str, Any]:
+def _arguments(node: Any) -> dict[str, Any]:
     """By name, those not given left out."""
-    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
+    names = [a.name for a in node.target._schema.arguments]
     return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
 
 
@@ -150,7 +150,7 @@ def _call(graph: Graph, target: Any, args: tuple[Any, ...], kwargs: dict[str, An
 # The patterns
 
 
-def _silu_and_mul(values: Node) -> _Found | None:
+def _silu_and_mul(values: Any) -> _Found | None:
     for activated, up in _operands(_uncast(values), _MULTIPLY):
         gate = _argument_of_silu(_uncast(activated))
         if gate is None:
@@ -161,16 +161,16 @@ def _silu_and_mul(values: Node) -> _Found | None:
     return None
 
 
-def _argument_of_silu(node: Node) -> Node | None:
+def _argument_of_silu(node: Any) -> Node | None:
     """The gate of ``silu(gate)``, ``gate * sigmoid(gate)`` or ``gate / (1 + exp(-gate))``."""
     if node.target is aten.silu.default:
-        return node.args[0]  # type: ignore[return-value]
+        return node.args[0]
     for gate, sigmoid in _operands(node, _MULTIPLY):
         sigmoid = _uncast(sigmoid)
         if sigmoid.target is aten.sigmoid.default and _same(sigmoid.args[0], gate):
             return gate
     if node.target is aten.div.Tensor:
-        gate, divisor = node.args  # type: ignore[assignment]
+        gate, divisor = node.args
         for power, one in _operands(divisor, _ADD):
             if power.target is aten.exp.default and one == 1:
                 negative = power.args[0]
@@ -179,7 +179,7 @@ def _argument_of_silu(node: Node) -> Node | None:
     return None
 
 
-def _whole(gate: Node, up: Node) -> Node | None:
+def _whole(gate: Any, up: Any) -> Node | None:
     """The tensor whose last dimension is gate, then up; None if there is none."""
     x, other = _viewed(gate), _viewed(up)
     if x is None or x is not other:
@@ -196,18 +196,18 @@ def _whole(gate: Node, up: Node) -> Node | None:
     return _widened(x)
 
 
-def _viewed(node: Node) -> Node | None:
+def _viewed(node: Any) -> Node | None:
     """What a slice or a part of a split is taken from."""
     if node.target is aten.slice.Tensor:
-        return node.args[0]  # type: ignore[return-value]
+        return node.args[0]
     if node.target is operator.getitem:
         parts = node.args[0]
-        if parts.target in (aten.split.Tensor, aten.split_with_sizes.default):  # type: ignore[union-attr]
-            return parts.args[0]  # type: ignore[union-attr,return-value]
+        if parts.target in (aten.split.Tensor, aten.split_with_sizes.default):
+            return parts.args[0]
     return None
 
 
-def _rms_norm(values: Node) -> _Found | None:
+def _rms_norm(values: Any) -> _Found | None:
     node = _uncast(values)
     candidates: list[tuple[Node, Node | None]] = [(node, None)]
     candidates += [(_uncast(n), _widened(w)) for n, w in _operands(node, _MULTIPLY) if _is_row(w, _columns(values))]
@@ -220,11 +220,11 @@ def _rms_norm(values: Node) -> _Found | None:
     return None
 
 
-def _is_row(node: Any, columns: int) -> bool:
-    return isinstance(node, Node) and _columns(node) == columns and node.meta["val"].dim() == 1
+def _is_row(node: Any, columns: int | None) -> bool:
+    return isinstance(node, Node) and _columns(node) == columns is not None and node.meta["val"].dim() == 1
 
 
-def _normalized(node: Node) -> tuple[Node, float] | None:
+def _normalized(node: Any) -> tuple[Node, float] | None:
     """x and eps of ``x / sqrt(mean(x^2) + eps)``."""
     for x, factor in _operands(node, _MULTIPLY):
         factor = _uncast(factor)
@@ -235,20 +235,20 @@ def _normalized(node: Node) -> tuple[Node, float] | None:
     return None
 
 
-def _mean_square(node: Node) -> tuple[Node, float] | None:
+def _mean_square(node: Any) -> tuple[Node, float] | None:
     """x and eps of ``mean(x^2) + eps`` over the last dimension, which is kept."""
     for mean, eps in ((node, 0.0), *_operands(node, _ADD)):
         mean = _uncast(mean)
         if mean.target is not aten.mean.dim or not (_arguments(mean).get("keepdim")):
             continue
         square, dims = mean.args[0], mean.args[1]
-        if dims not in ([-1], [square.meta["val"].dim() - 1]):  # type: ignore[union-attr]
+        if dims not in ([-1], [square.meta["val"].dim() - 1]):
             continue
         square = _uncast(square)
         if square.target in _POWER and square.args[1] == 2:
-            return square.args[0], float(eps)  # type: ignore[return-value]
+            return square.args[0], float(eps)
         if square.target in _MULTIPLY and square.args[0] is square.args[1]:
-            return square.args[0], float(eps)  # type: ignore[return-value]
+            return square.args[0], float(eps)
     return None
 
 
@@ -275,8 +275,8 @@ def _operands(node: Any, targets: tuple[Any, ...]) -> list[tuple[Any, Any]]:
     return [(m, n) for m, n in ((a, b), (b, a)) if isinstance(m, Node) and isinstance(n, second)]
 
 
-def _is_cast(node: Node) -> bool:
-    return node.target in _CASTS and all(n.meta["val"].dtype in _FLOATS for n in (node, node.args[0]))  # type: ignore[union-attr]
+def _is_cast(node: Any) -> bool:
+    return node.target in _CASTS and all(n.meta["val"].dtype in _FLOATS for n in (node, node.args[0]))
 
 
 def _uncast(node: Any) -> Any:
@@ -297,7 +297,7 @@ def _same(a: Any, b: Any) -> bool:
     return isinstance(a, Node) and isinstance(b, Node) and _widened(a) is _widened(b)
 
 
-def _only_quantized(node: Node) -> bool:
+def _only_quantized(node: Any) -> bool:
     """Whether every user is an fp4_quantize of these values, or a view of which that is true."""
     for user in node.users:
         if user.target is torch.ops.fp4.fp4_quantize.default:

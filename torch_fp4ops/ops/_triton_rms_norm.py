@@ -214,7 +214,7 @@ def rms_norm_quantize_rows(
     scales: Tensor,
     tile: RowTiling | None = None,
 ) -> None:
-    """Normalise ``x``, flattened to rows, and quantise into ``payload`` and ``scales``, every byte of which is written."""
+    """Normalise ``x``, flattened to rows, and quantise it; every byte of ``payload`` and ``scales`` is written."""
     if not scales.numel():
         return
     x, row_units = rows_of_units(x)
