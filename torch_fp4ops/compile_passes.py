@@ -15,7 +15,8 @@ What is found, in the graph that Inductor has after its decompositions:
 
 Casts between bfloat16, float16 and float32, and views that keep the last dimension, may lie between. The pair stays as
 it is if anything else uses the product or the normalised values, if their last dimension is not a fixed number, or if
-the fused op would not take the call. ``torch._dynamo.utils.counters["fp4_fusions"]`` counts the pairs fused, by name.
+the fused op would not take the call. ``torch._dynamo.utils.counters["fp4_fusions"]`` counts the pairs fused, by name,
+but not those of a compiled graph that comes out of Inductor's cache.
 """
 
 from __future__ import annotations
