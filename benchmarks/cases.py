@@ -119,6 +119,24 @@ def fp4_quantize(m: int, k: int, fmt: str = "nvfp4", layout: str = "128x4", **mo
     return Case("fp4_quantize", f"{fmt}-{layout}", m, 0, k, total, 0, build, **more)
 
 
+def silu_and_mul_fp4_quantize(m: int, k: int, fmt: str = "nvfp4", layout: str = "128x4", **more: Any) -> Case:
+    def build(device: torch.device, g: torch.Generator) -> Sample:
+        scale = torch.full((1,), 2688 / 16.0, device=device) if fmt == "nvfp4" else None
+        return Sample("", (_normal(g, m, 2 * k), scale), {**_FP4_FLAGS[fmt], **_LAYOUT_FLAGS[layout]})
+
+    total = 2 * m * 2 * k + _packed_bytes(fmt, m, k, layout) + (4 if fmt == "nvfp4" else 0)
+    return Case("silu_and_mul_fp4_quantize", f"{fmt}-{layout}", m, 0, k, total, 0, build, **more)
+
+
+def rms_norm_fp4_quantize(m: int, k: int, fmt: str = "nvfp4", layout: str = "128x4", **more: Any) -> Case:
+    def build(device: torch.device, g: torch.Generator) -> Sample:
+        scale = torch.full((1,), 2688 / 16.0, device=device) if fmt == "nvfp4" else None
+        return Sample("", (_normal(g, m, k), _normal(g, k), scale), {**_FP4_FLAGS[fmt], **_LAYOUT_FLAGS[layout]})
+
+    total = 2 * m * k + 2 * k + _packed_bytes(fmt, m, k, layout) + (4 if fmt == "nvfp4" else 0)
+    return Case("rms_norm_fp4_quantize", f"{fmt}-{layout}", m, 0, k, total, 0, build, **more)
+
+
 def fp4_dequantize(m: int, k: int, fmt: str = "nvfp4", layout: str = "128x4", **more: Any) -> Case:
     def build(device: torch.device, g: torch.Generator) -> Sample:
         scale = _one(device) if fmt == "nvfp4" else None
@@ -267,6 +285,7 @@ def quick_cases() -> list[Case]:
     found: list[Case] = [fp4_quantize(m, k, compiled=m in (1, 8192)) for m, k in shapes.QUICK_QUANTIZE]
     found += [fp4_quantize(8192, 4096, "nvfp4", "linear"), fp4_quantize(128, 4096, "nvfp4", "8x4")]
     found += [make(8192, 4096) for make in (_mxfp4, fp4_dequantize, mxfp8_quantize, mxfp8_dequantize)]
+    found += [make(m, k, compiled=m > 1) for make in _FUSED for m, k in shapes.QUICK_QUANTIZE]
     found += [nvfp4_kv_quantize(65536, 128), nvfp4_kv_dequantize(65536, 128)]
     found += [nvfp4_kv_quantize_store(64, 8, 128), nvfp4_kv_quantize_store(4096, 8, 128)]
     found += [make(*mnk) for make in (mm_bf16_fp4, mm_fp4, mm_mxfp8) for mnk in shapes.QUICK_GEMMS]
@@ -280,8 +299,12 @@ def cpu_cases(quick: bool = False) -> list[Case]:
         return [fp4_quantize(128, 4096, compiled=True), mm_bf16_fp4(*shapes.SMALL_GEMMS[1])]
     found: list[Case] = [fp4_quantize(m, k, compiled=True) for m, k in shapes.SMALL_QUANTIZE]
     found += [make(128, 4096) for make in (_mxfp4, fp4_dequantize, mxfp8_quantize, mxfp8_dequantize)]
+    found += [make(128, 1024, compiled=True) for make in _FUSED]
     found += [nvfp4_kv_quantize(1024, 128), nvfp4_kv_dequantize(1024, 128), nvfp4_kv_quantize_store(64, 8, 128)]
     return found + [make(*mnk) for make in (mm_bf16_fp4, mm_fp4, mm_mxfp8) for mnk in shapes.SMALL_GEMMS]
+
+
+_FUSED = (silu_and_mul_fp4_quantize, rms_norm_fp4_quantize)
 
 
 def _mxfp4(m: int, k: int) -> Case:
@@ -303,6 +326,11 @@ def _full() -> Iterator[Case]:
             yield fp4_dequantize(m, k, "nvfp4", layout, compiled=compiled)
         yield fp4_dequantize(m, k, "mxfp4")
         yield mxfp8_dequantize(m, k)
+    for make in _FUSED:
+        for m, k in shapes.FUSED_QUANTIZE:
+            yield make(m, k, compiled=m in (128, 8192))
+        for fmt, layout in (("nvfp4", "linear"), ("mxfp4", "128x4")):
+            yield make(8192, 4096, fmt, layout)
     for m, k in shapes.KV_READS:
         yield nvfp4_kv_quantize(m, k)
         yield nvfp4_kv_dequantize(m, k)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from torch_fp4ops import OPS
@@ -68,6 +69,33 @@ def _compiled_reference(case: Case, samples: Sequence[Sample], expected: Expecte
     torch._dynamo.reset()  # else the limit on recompilations makes it silently eager
     compiled = torch.compile(OPS[case.op].__wrapped__, dynamic=False, fullgraph=True)
     return Prepared([lambda s=s: compiled(*s.args, **s.kwargs) for s in samples], poison=False)
+
+
+def _unfused(case: Case, samples: Sequence[Sample], expected: Expected) -> Prepared:
+    """The activation or norm by torch, rounded to bf16, then fp4_quantize."""
+    pair = _PAIRS[case.op]
+    return Prepared([lambda s=s: pair(*s.args, **s.kwargs) for s in samples])
+
+
+def _unfused_compiled(case: Case, samples: Sequence[Sample], expected: Expected) -> Prepared:
+    """The same pair, where Inductor makes one kernel of the activation or norm."""
+    if not case.compiled:
+        raise Unsuitable("not compiled for this case, to save time")
+    torch._dynamo.reset()
+    pair = torch.compile(_PAIRS[case.op], dynamic=False, fullgraph=True)
+    return Prepared([lambda s=s: pair(*s.args, **s.kwargs) for s in samples], poison=False)
+
+
+def _silu_pair(x: Tensor, scale: Tensor | None, **flags: Any) -> Any:
+    gate, up = x.chunk(2, dim=-1)
+    return torch.ops.fp4.fp4_quantize(F.silu(gate) * up, scale, **flags)
+
+
+def _norm_pair(x: Tensor, weight: Tensor, scale: Tensor | None, **flags: Any) -> Any:
+    return torch.ops.fp4.fp4_quantize(F.rms_norm(x, weight.shape, weight, 1e-6), scale, **flags)
+
+
+_PAIRS = {"silu_and_mul_fp4_quantize": _silu_pair, "rms_norm_fp4_quantize": _norm_pair}
 
 
 def _flashinfer(case: Case, samples: Sequence[Sample], expected: Expected) -> Prepared:
@@ -142,6 +170,8 @@ PEERS = (
     Peer("cublas-bf16", ("mm_bf16_fp4", "mm_fp4", "mm_mxfp8"), _cublas),
     Peer("torch.compile", (*_QUANTIZERS, *_DEQUANTIZERS), _compiled_reference, needs_gpu=False),
     Peer("flashinfer-direct", (*_QUANTIZERS, "nvfp4_kv_dequantize", "mm_fp4", "mm_mxfp8"), _flashinfer),
+    Peer("unfused", tuple(_PAIRS), _unfused, needs_gpu=False),
+    Peer("unfused-compiled", tuple(_PAIRS), _unfused_compiled, needs_gpu=False),
     Peer("gemlite", ("fp4_quantize",), _gemlite),
     Peer("torchao", ("fp4_quantize",), _torchao),
 )

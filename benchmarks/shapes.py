@@ -8,6 +8,13 @@ QUANTIZE_COLUMNS = (128, 1024, 4096, 7168, 8192, 16384)
 # For layouts and formats that differ from the full sweep in little.
 FEW_QUANTIZE = ((1, 4096), (128, 4096), (2048, 7168), (8192, 4096), (32768, 8192))
 
+# For the fused quantisers: columns of what is quantised.
+FUSED_QUANTIZE = (
+    *((m, k) for k in (4096, 14336) for m in (1, 32, 128, 1024, 8192, 32768)),
+    (8192, 7168),
+    (8192, 16384),
+)
+
 # (rows, K, where it comes from): activations that models quantise and the sweep lacks.
 MODEL_ACTIVATIONS = (
     (16, 2880, "gpt-oss.hidden"),

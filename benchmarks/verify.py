@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from torch_fp4ops import OPS
 from torch_fp4ops.codecs import as_bytes
+from torch_fp4ops.ops._activations import rms_norm, silu_and_mul
 from torch_fp4ops.testing import Sample, assert_matmul_close, assert_same_bytes
 
 from .cases import Case
@@ -100,8 +101,8 @@ class Expected:
             total += reference.nbytes
         if differing <= PEER_BYTES * total:
             return f"{differing / total:.1g} of the bytes differ" if differing else ""
-        assert self.case.op == "fp4_quantize", f"{differing} of {total} bytes differ"
-        # Another recipe for the scales is fine, if it loses no more.
+        assert self.case.op in _VALUES, f"{differing} of {total} bytes differ"
+        # Another recipe for the scales, or rounding in between, is fine, if it loses no more.
         theirs, ours = (self._quantization_error(*outputs[:2]) for outputs in (given, wanted))
         errors = f"relative error {theirs:.3g}, the reference's {ours:.3g}"
         message = f"{differing / total:.2g} of the bytes differ; {errors}"
@@ -109,9 +110,9 @@ class Expected:
         return message
 
     def _quantization_error(self, codes: Tensor, scales: Tensor) -> float:
-        x, global_scale = self.sample.args
+        values, global_scale = _VALUES[self.case.op](*self.sample.args)
         decoded = OPS["fp4_dequantize"].run_backend("reference", codes, scales, global_scale, **self.sample.kwargs)
-        return float((decoded - x.float()).norm() / x.float().norm())
+        return float((decoded - values).norm() / values.norm())
 
     def _check_moe(self, out: Tensor) -> None:
         """Every token roughly, against the reference; some of them within the oracle's bound, which takes long."""
@@ -125,6 +126,14 @@ class Expected:
         assert_close = importlib.import_module(f"{OPS[self.case.op].__module__}.samples").assert_close
         few = (x[tokens], local_ids.int(), final[tokens], fc1[used], fc2[used], dtype, [s[used] for s in scales])
         assert_close(out[tokens], *few, **self.sample.kwargs)
+
+
+_VALUES: dict[str, Callable[..., tuple[Tensor, Tensor | None]]] = {
+    "fp4_quantize": lambda x, scale: (x.float(), scale),
+    "silu_and_mul_fp4_quantize": lambda x, scale: (silu_and_mul(x), scale),
+    "rms_norm_fp4_quantize": lambda x, weight, scale: (rms_norm(x, weight, 1e-6), scale),
+}
+"""Of the quantisers to FP4, by their arguments: what they quantise, in fp32, and the global scale."""
 
 
 def tensors(out: Any, sample: Sample) -> list[Tensor]:

@@ -28,6 +28,10 @@ def quantize_in_every_layout(x):
     )
 
 
+def fused_quantisers(x):
+    return OPS.silu_and_mul_fp4_quantize(x, SCALE), OPS.rms_norm_fp4_quantize(x, x[:1].sum(0), None, 0.1, 32, True)
+
+
 def fp4_round_trip(x):
     codes, scales = OPS.fp4_quantize(x * 2, SCALE)
     return OPS.fp4_dequantize(codes, scales, SCALE) + 1
@@ -74,6 +78,7 @@ def mixture_of_experts(x):
 
 CHAINS = (
     quantize_in_every_layout,
+    fused_quantisers,
     fp4_round_trip,
     nvfp4_linear,
     mxfp4_linear_8x4,

@@ -77,6 +77,8 @@ def test_byte_counts_by_hand():
     assert cases.fp4_quantize(9, 64, "nvfp4", "8x4").bytes == 1152 + 288 + 16 * 4 + 4
     assert cases.fp4_quantize(8, 64, "mxfp4").bytes == 1024 + 256 + 128 * 4
     assert cases.mxfp8_quantize(8, 64, "linear").bytes == 1024 + 512 + 8 * 2
+    assert cases.silu_and_mul_fp4_quantize(8, 32).bytes == 1024 + 128 + 128 * 4 + 4
+    assert cases.rms_norm_fp4_quantize(8, 32).bytes == 512 + 64 + 128 + 128 * 4 + 4
     # a 1 x 64 bf16, b 128 x 32 bytes with 128 x 4 scales, 1 x 128 bf16 out, alpha.
     assert cases.mm_bf16_fp4(1, 128, 64).bytes == 128 + 4096 + 512 + 256 + 4
     assert cases.mm_bf16_fp4(1, 128, 64).flops == 2 * 128 * 64
@@ -88,6 +90,7 @@ def _small_cases():
     found = [cases.fp4_quantize(9, 64, fmt, layout) for fmt in ("nvfp4", "mxfp4") for layout in ("linear", "128x4")]
     found += [cases.fp4_quantize(9, 64, "nvfp4", "8x4"), cases.fp4_dequantize(9, 64), cases.mxfp8_dequantize(9, 64)]
     found += [cases.mxfp8_quantize(9, 64), cases.nvfp4_kv_quantize(9, 64), cases.nvfp4_kv_dequantize(9, 64)]
+    found += [make(9, 64) for make in (cases.silu_and_mul_fp4_quantize, cases.rms_norm_fp4_quantize)]
     return found + [make(9, 24, 64) for make in (cases.mm_bf16_fp4, cases.mm_fp4, cases.mm_mxfp8)]
 
 
@@ -180,6 +183,14 @@ def test_a_peer_may_round_differently_but_not_be_wrong():
     assert "differ" in expected.check_peer((codes, scales))
     with pytest.raises(AssertionError, match="relative error"):
         expected.check_peer((torch.full_like(codes, 255), scales))
+
+
+@pytest.mark.parametrize("make", [cases.silu_and_mul_fp4_quantize, cases.rms_norm_fp4_quantize])
+def test_the_unfused_pairs_pass_as_peers(make):
+    rows = run.measure_case(
+        make(64, 256, compiled=True), TEMPLATE, {"unfused", "unfused-compiled"}, torch.device("cpu"), CEILINGS
+    )
+    assert [(row.backend, row.status[:2]) for row in rows] == [("unfused", "ok"), ("unfused-compiled", "ok")]
 
 
 def test_a_failing_backend_is_a_row():

@@ -18,7 +18,7 @@ LAYERS = (
     {"formats", "codecs", "block_quantization", "scale_layouts", "weight_layouts", "contracts"},
     {"registry", "selection"},
     {"ops", "testing"},
-    {"nn", "kv_cache", "cuda_graphs"},
+    {"nn", "kv_cache", "cuda_graphs", "compile_passes"},
     {"demo", "check", "benchmarks"},
     {"cli", "__main__"},
 )

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from .. import scale_layouts
-from ..contracts import Call
+from ..contracts import Call, Out
 from ..formats import BlockFormat, fp4_format
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -64,6 +67,22 @@ def require_scales(call: Call, argument: str, rows: int, cols: int, layout: str)
     else:
         call.require_shape(argument, (padded_rows, padded_cols), where)
     call.require_contiguous(argument)
+
+
+def fp4_outputs(call: Call, fmt: BlockFormat, leading: Sequence[int], k: int) -> tuple[Out, Out]:
+    """Codes and scales of the values ``[*leading, K]`` that ``input`` stands for, by fp4_quantize's other arguments."""
+    layout = require_layout(call)
+    rows = math.prod(leading)
+    require_blocks(call, "input", k, fmt)
+    require_global_scale(call, fmt, rows)
+    scales = scale_layouts.scale_shape(rows, k // fmt.block_size, layout)
+    return Out((*leading, k // 2), torch.uint8), Out(scales, torch.uint8)
+
+
+def require_positive_global_scale(call: Call) -> None:
+    """Reads data: only for a check of values, on the CPU."""
+    if call.global_scale is not None:
+        call.require_positive("global_scale")
 
 
 def per_row(scale: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ def from_bits(b):
 
 
 @triton.jit
-def _min_number(a, b):
+def min_number(a, b):
     """The smaller one; b where a is NaN."""
     if INTERPRETED:
         return tl.where(a < b, a, b)
@@ -53,7 +53,7 @@ def _min_number(a, b):
 
 
 @triton.jit
-def _max_number(a, b):
+def max_number(a, b):
     """The larger one; b where a is NaN."""
     if INTERPRETED:
         return tl.where(a > b, a, b)
@@ -62,7 +62,7 @@ def _max_number(a, b):
 
 
 @triton.jit
-def _max_or_nan(a, b):
+def max_or_nan(a, b):
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
@@ -87,7 +87,7 @@ def _concat(front, back):
 
 
 @triton.jit
-def _quarters(x):
+def quarters(x):
     """``[N, 4]`` to its four columns."""
     even, odd = _even_odd(x)
     x0, x2 = tl.split(even)
@@ -183,11 +183,11 @@ def to_octets(units, DTYPE: tl.constexpr, OCTETS: tl.constexpr, factor):
 @triton.jit
 def block_amax(los, his, OCTETS: tl.constexpr, SPLIT: tl.constexpr):
     """Largest magnitude of each block, ``[N]``; NaN if there is one. SPLIT neighbouring threads share a block."""
-    most = _max_or_nan(tl.abs(los[0]), tl.abs(his[0]))
+    most = max_or_nan(tl.abs(los[0]), tl.abs(his[0]))
     for i in tl.static_range(1, OCTETS):
-        most = _max_or_nan(most, _max_or_nan(tl.abs(los[i]), tl.abs(his[i])))
-    m0, m1, m2, m3 = _quarters(most)
-    amax = _max_or_nan(_max_or_nan(m0, m1), _max_or_nan(m2, m3))
+        most = max_or_nan(most, max_or_nan(tl.abs(los[i]), tl.abs(his[i])))
+    m0, m1, m2, m3 = quarters(most)
+    amax = max_or_nan(max_or_nan(m0, m1), max_or_nan(m2, m3))
     if SPLIT > 1:
         N: tl.constexpr = amax.shape[0]
         # The bits of non-negative floats are ordered as integers, NaN above all.
@@ -218,7 +218,7 @@ def encode_decode(scale, INVERSED: tl.constexpr):
 def nvfp4_scale(amax, encode, decode):
     """E4M3 scale bytes (uint32) of blocks, and what their values are multiplied by; NaN for NaN."""
     v = encode * (amax * _ONE_SIXTH)
-    a = _min_number(v, 448.0)
+    a = min_number(v, 448.0)
     e = tl.maximum(from_bits(bits(a) & 0x7F800000), 0.015625)  # below 2^-6 the steps stay the same
     z = _e4m3_sum(a, e)
     step = tl.where(v != v, v, tl.fma(e, -1048576.0, from_bits(z)))
@@ -268,12 +268,12 @@ def pack_e2m1(lo, hi, multiplier):
     wrap: all else that is in ``p`` above bit 22 is then the same constant for every input.
     """
     m = tl.expand_dims(multiplier, 1)
-    a0 = _max_number(from_bits(bits(lo * m) | 0x80000000), -6.0)
-    a1 = _min_number(tl.abs(hi * m), 6.0)
+    a0 = max_number(from_bits(bits(lo * m) | 0x80000000), -6.0)
+    a1 = min_number(tl.abs(hi * m), 6.0)
     e0 = tl.maximum(from_bits(bits(a0) & 0x7F800000), 1.0)
     e1 = tl.maximum(from_bits(bits(a1) & 0x7F800000), 1.0)
     p = bits(tl.fma(e0, -4194304.0, a0)) + (bits(tl.fma(e1, 4194304.0, a1)) << 4)
-    b0, b1, b2, b3 = _quarters(p + (p >> 22))
+    b0, b1, b2, b3 = quarters(p + (p >> 22))
     # What is left of b1 above its byte reaches bit 31 only, where a sign goes; of b2 and b3 nothing is left.
     word = (b0 & 0x7FFFFF) + (b1 << 8) + (b2 << 16) + (b3 << 24) - _E2M1_OFFSET
     return _select(word, _signs_of_eight(lo, hi), 0x88888888)
@@ -287,8 +287,8 @@ def _push(s, x, BITS: tl.constexpr):
 @triton.jit
 def _signs_of_eight(lo, hi):
     """The signs of an octet on top of each nibble, the first value lowest; other bits are junk."""
-    l0, l1, l2, l3 = _quarters(bits(lo))
-    h0, h1, h2, h3 = _quarters(bits(hi))
+    l0, l1, l2, l3 = quarters(bits(lo))
+    h0, h1, h2, h3 = quarters(bits(hi))
     s = _push(_push(h3, h3, 4), l3, 4)
     s = _push(_push(s, h2, 4), l2, 4)
     s = _push(_push(s, h1, 4), l1, 4)
@@ -308,14 +308,14 @@ def pack_e4m3(lo, hi, multiplier):
     As :func:`pack_e2m1`: |y| plus 2^20 times its binade e >= 2^-6 counts steps of e / 8.
     """
     m = tl.expand_dims(multiplier, 1)
-    a0 = _min_number(tl.abs(lo * m), 448.0)
-    a1 = _min_number(tl.abs(hi * m), 448.0)
+    a0 = min_number(tl.abs(lo * m), 448.0)
+    a1 = min_number(tl.abs(hi * m), 448.0)
     z0 = _e4m3_sum(a0, tl.maximum(from_bits(bits(a0) & 0x7F800000), 0.015625))
     z1 = _e4m3_sum(a1, tl.maximum(from_bits(bits(a1) & 0x7F800000), 0.015625))
     pair = ((z0 + (z0 >> 20)) & 0x7FFFFF) + ((z1 + (z1 >> 20)) << 8)
-    p0, p1, p2, p3 = _quarters(pair)
-    l0, l1, l2, l3 = _quarters(bits(lo))
-    h0, h1, h2, h3 = _quarters(bits(hi))
+    p0, p1, p2, p3 = quarters(pair)
+    l0, l1, l2, l3 = quarters(bits(lo))
+    h0, h1, h2, h3 = quarters(bits(hi))
     front = p0 + (p1 << 16) - _E4M3_OFFSET
     back = p2 + (p3 << 16) - _E4M3_OFFSET
     front = _select(front, _signs_of_four(l0, h0, l1, h1), 0x80808080)

@@ -1,5 +1,7 @@
 """The Triton kernel that quantises rows of values in blocks: NVFP4, MXFP4 and MXFP8, in every scale layout.
 
+The values are those of x, or ``silu(gate) * up`` where a row of x has both halves.
+
 A thread holds a whole block (or 1 / SPLIT of one), so amax, scale and packing stay in registers. A program holds R
 rows by C blocks at a time. In the 128x4 layout the R rows lie 32 apart, because the scales of such rows are
 neighbours in memory. Programs cover the padded shape of the scales; the padding is written by whoever owns it.
@@ -11,6 +13,7 @@ neighbours in memory. Programs cover the padded shape of the scales; the padding
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 
 import torch
@@ -19,7 +22,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import scale_layouts
-from ..formats import FORMATS, NVFP4, BlockFormat
+from ..formats import FORMATS, MXFP4, NVFP4, BlockFormat, fp4_format
+from . import _triton_activations as a
 from . import _triton_prims as p
 from . import _triton_tiles as t
 from ._triton_launch import (
@@ -33,7 +37,7 @@ from ._triton_launch import (
     rows_of_units,
 )
 
-__all__ = ["quantize_kernel", "quantize_rows"]
+__all__ = ["fp4_outputs", "quantize_kernel", "quantize_rows"]
 
 _SIZES = ["rows", "row_units", "blocks", "out_blocks", "padded_rows", "padded_cols", "col_tiles"]
 
@@ -46,7 +50,7 @@ def quantize_kernel(
     scales_ptr,
     rows,
     row_units,  # 16-byte units from one row of x to the next
-    blocks,  # of a row of x
+    blocks,  # of a row of x, or of half of it
     out_blocks,  # of a row of the payload: more than x has where K is padded
     padded_rows,
     padded_cols,
@@ -55,6 +59,7 @@ def quantize_kernel(
     LAYOUT: tl.constexpr,
     GLOBAL: tl.constexpr,
     INVERSED: tl.constexpr,
+    GATED: tl.constexpr,
     SPLIT: tl.constexpr,
     R: tl.constexpr,
     C: tl.constexpr,
@@ -75,11 +80,14 @@ def quantize_kernel(
             tl.store(scales_ptr + offset, zero, mask=(row < padded_rows) & (col < padded_cols) & (part == 0))
         return
     loaded = ()
+    loaded_ups = ()
     for i in tl.static_range(min(AHEAD, ITERS)):
         row, col, part = t.position(pid, col_tiles, i, LAYOUT, R, C, SPLIT, ITERS)
         there = None if EVEN else (row < rows) & (col < blocks)
         unit = row.to(tl.int64) * row_units + (col * SPLIT + part) * UNITS
         loaded += (t.load_units(x_ptr, unit, there, UNITS),)
+        if GATED:
+            loaded_ups += (t.load_units(x_ptr, unit + blocks * SPLIT * UNITS, there, UNITS),)
     encode = tl.full((1,), 1.0, tl.float32)
     decode = encode
     if GLOBAL == 1:
@@ -90,12 +98,16 @@ def quantize_kernel(
             there = None if EVEN else (row < rows) & (col < blocks)
             unit = row.to(tl.int64) * row_units + (col * SPLIT + part) * UNITS
             loaded += (t.load_units(x_ptr, unit, there, UNITS),)
-        units = loaded[i]
+            if GATED:
+                loaded_ups += (t.load_units(x_ptr, unit + blocks * SPLIT * UNITS, there, UNITS),)
         row, col, part = t.position(pid, col_tiles, i, LAYOUT, R, C, SPLIT, ITERS)
         there = None if EVEN else (row < rows) & (col < blocks)
         if GLOBAL == 2:
             encode, decode = p.encode_decode(tl.load(global_scale_ptr + row, mask=there, other=1.0), INVERSED)
-        los, his = p.to_octets(units, x_ptr.dtype.element_ty, OCTETS, tl.expand_dims(6.0 * decode, 1))
+        los, his = p.to_octets(loaded[i], x_ptr.dtype.element_ty, OCTETS, tl.expand_dims(6.0 * decode, 1))
+        if GATED:
+            up_los, up_his = p.to_octets(loaded_ups[i], x_ptr.dtype.element_ty, OCTETS, None)
+            los, his = a.silu_and_mul(los, his, up_los, up_his, OCTETS)
         amax = p.block_amax(los, his, OCTETS, SPLIT)
         if FORMAT == "nvfp4":
             byte, multiplier = p.nvfp4_scale(amax, encode, decode)
@@ -136,14 +148,14 @@ _STEPS = {
 _TILE = 128  # blocks, a thread each
 
 
-def tiling(fmt: BlockFormat, layout: str, rows: int, blocks: int) -> Tiling:
+def tiling(fmt: BlockFormat, layout: str, rows: int, blocks: int, gated: bool = False) -> Tiling:
     """How a call is cut up. Few elements take one step a program, so that more programs share the latency."""
     if INTERPRETED:  # few programs, as each takes long
         return Tiling(128, 16)
-    return _tiling_on_gpu(fmt, layout, rows, blocks)
+    return _tiling_on_gpu(fmt, layout, rows, blocks, gated)
 
 
-def _tiling_on_gpu(fmt: BlockFormat, layout: str, rows: int, blocks: int) -> Tiling:
+def _tiling_on_gpu(fmt: BlockFormat, layout: str, rows: int, blocks: int, gated: bool = False) -> Tiling:
     elements = rows * blocks * fmt.block_size
     if layout != scale_layouts.LINEAR and blocks <= 16:
         columns = 8 if blocks <= 8 else 16
@@ -154,14 +166,28 @@ def _tiling_on_gpu(fmt: BlockFormat, layout: str, rows: int, blocks: int) -> Til
         tile = Tiling(_TILE // 32, 32)
     for least, steps, ahead in _STEPS[fmt.name]:
         if elements >= least and rows >= 128:
-            return tile._replace(ITERS=steps, AHEAD=ahead)
+            # A gated step has twice the loads and instructions.
+            return tile._replace(ITERS=min(steps, 4), AHEAD=1) if gated else tile._replace(ITERS=steps, AHEAD=ahead)
     return tile
 
 
-def shipped_tilings(fmt: BlockFormat, layout: str) -> list[Tiling]:
+def shipped_tilings(fmt: BlockFormat, layout: str, gated: bool = False) -> list[Tiling]:
     """Whatever :func:`tiling` returns."""
     shapes = itertools.product((1, *(1 << i for i in range(10, 24))), (8, 16, 1 << 8))
-    return list(dict.fromkeys(_tiling_on_gpu(fmt, layout, rows, blocks) for rows, blocks in shapes))
+    return list(dict.fromkeys(_tiling_on_gpu(fmt, layout, rows, blocks, gated) for rows, blocks in shapes))
+
+
+def fp4_outputs(
+    x: Tensor, k: int, sf_vec_size: int, sf_use_ue8m0: bool, is_sf_swizzled_layout: bool, is_sf_8x4_layout: bool
+) -> tuple[BlockFormat, str, Tensor, Tensor]:
+    """Format, scale layout, and uninitialised codes and scales for rows of K values that x stands for."""
+    fmt = fp4_format(sf_vec_size, sf_use_ue8m0)
+    assert fmt is not None
+    layout = scale_layouts.layout_from_flags(is_sf_swizzled_layout, is_sf_8x4_layout)
+    leading = x.shape[:-1]
+    codes = x.new_empty((*leading, k // 2), dtype=torch.uint8)
+    shape = scale_layouts.scale_shape(math.prod(leading), k // fmt.block_size, layout)
+    return fmt, layout, codes, x.new_empty(shape, dtype=torch.uint8)
 
 
 def quantize_rows(
@@ -173,26 +199,31 @@ def quantize_rows(
     payload: Tensor,
     scales: Tensor,
     k_padded: int | None = None,
+    gated: bool = False,
     tile: Tiling | None = None,
 ) -> None:
-    """Quantise ``x``, flattened to rows, into ``payload`` and ``scales``, every byte of which is written."""
+    """Quantise ``x``, flattened to rows, into ``payload`` and ``scales``, every byte of which is written.
+
+    ``gated``: the rows are ``[gate, up]``, and what is quantised is ``silu(gate) * up``.
+    """
     if not scales.numel() and not payload.numel():
         return
     if x.dtype == torch.float8_e4m3fn:
         x = x.view(torch.uint8)  # Triton knows no E4M3 on compute capability 8.0
     x, row_units = rows_of_units(x)
     rows, k = x.shape
+    k = k // 2 if gated else k
     blocks = k // fmt.block_size
     out_blocks = (k_padded or k) // fmt.block_size
     same_cols = out_blocks == blocks
     global_scale, form = global_scale_form(global_scale)
-    if layout == scale_layouts.LINEAR and form != 2 and same_cols and x.is_contiguous():
+    if layout == scale_layouts.LINEAR and form != 2 and same_cols and not gated and x.is_contiguous():
         rows, blocks = cut_anew(rows, blocks, (tile or tiling(fmt, layout, rows, blocks)).C)
         row_units = blocks * fmt.block_size * x.element_size() // 16
         out_blocks = blocks
     padded_rows, padded_cols = scale_layouts.scale_shape(rows, out_blocks, layout)
     if tile is None:
-        tile = tiling(fmt, layout, rows, out_blocks)
+        tile = tiling(fmt, layout, rows, out_blocks, gated)
     even = form != 2 and same_cols and (rows, blocks) == (padded_rows, padded_cols)
     even = even and rows % (tile.R * tile.ITERS) == 0 and blocks % tile.C == 0
     col_tiles = triton.cdiv(padded_cols, tile.C)
@@ -216,6 +247,7 @@ def quantize_rows(
         LAYOUT=LAYOUT_CODES[layout],
         GLOBAL=form,
         INVERSED=inversed,
+        GATED=gated,
         SPLIT=tile.SPLIT,
         R=tile.R,
         C=tile.C,
@@ -249,20 +281,39 @@ def aot_cases() -> Iterator[AotCase]:
         yield _aot_case(NVFP4, swizzled, "bf16", 1, False, _LARGE, True, blocks)
     for dtype, form, inversed in (("fp16", 2, False), ("u8", 1, True), ("bf16", 1, True)):
         yield _aot_case(NVFP4, swizzled, dtype, form, inversed, _LARGE, False)
+    for fmt, layout, dtype, rows, even in (
+        (NVFP4, swizzled, "bf16", _LARGE, True),
+        (NVFP4, swizzled, "bf16", _LARGE, False),
+        (NVFP4, swizzled, "bf16", 1, False),
+        (NVFP4, swizzled, "fp32", _LARGE, False),
+        (NVFP4, scale_layouts.LINEAR, "fp16", _LARGE, True),
+        (MXFP4, swizzled, "bf16", _LARGE, True),
+        (MXFP4, swizzled, "fp32", _LARGE, True),
+    ):
+        yield _aot_case(fmt, layout, dtype, 1 if fmt.has_global_scale else 0, False, rows, even, gated=True)
 
 
 def _aot_case(
-    fmt: BlockFormat, layout: str, dtype: str, form: int, inversed: bool, rows: int, even: bool, blocks: int = 256
+    fmt: BlockFormat,
+    layout: str,
+    dtype: str,
+    form: int,
+    inversed: bool,
+    rows: int,
+    even: bool,
+    blocks: int = 256,
+    gated: bool = False,
 ) -> AotCase:
-    tile = _tiling_on_gpu(fmt, layout, rows, blocks)
+    tile = _tiling_on_gpu(fmt, layout, rows, blocks, gated)
     ahead = _ahead(tile, even, 4 if dtype == "fp32" else 2)
     signature = {"x_ptr": f"*{dtype}", "payload_ptr": "*u8", "scales_ptr": "*u8", **dict.fromkeys(_SIZES, "i32")}
     constants = {"FORMAT": fmt.name, "LAYOUT": LAYOUT_CODES[layout], "GLOBAL": form, "INVERSED": inversed}
+    constants["GATED"] = gated
     if form:
         signature["global_scale_ptr"] = "*fp32"
     else:
         constants["global_scale_ptr"] = None
     shape = f"{tile.R}x{tile.C}x{tile.ITERS}s{tile.SPLIT}{f'a{ahead}' if ahead > 1 else ''}{'-even' * even}"
-    name = f"quantize-{fmt.name}-{layout}-{dtype}-gs{form}{'i' * inversed}-{shape}"
+    name = f"quantize-{'silu-' * gated}{fmt.name}-{layout}-{dtype}-gs{form}{'i' * inversed}-{shape}"
     constants |= {**tile._asdict(), "AHEAD": ahead, "EVEN": even}
     return AotCase(name, quantize_kernel, signature, constants, tile.threads)

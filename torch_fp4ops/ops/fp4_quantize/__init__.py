@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -18,20 +16,10 @@ from .. import _scales
 
 def _contract(call: Call) -> tuple[Out, Out]:
     fmt = _scales.require_fp4_format(call)
-    layout = _scales.require_layout(call)
     x = call.input
     call.require_dtype("input", (*_scales.FLOATS, torch.float8_e4m3fn) if fmt.has_global_scale else _scales.FLOATS)
     call.require(x.dim() >= 2, "input", x.shape, "two dimensions or more")
-    rows, k = math.prod(x.shape[:-1]), x.shape[-1]
-    _scales.require_blocks(call, "input", k, fmt)
-    _scales.require_global_scale(call, fmt, rows)
-    scales = scale_layouts.scale_shape(rows, k // fmt.block_size, layout)
-    return Out((*x.shape[:-1], k // 2), torch.uint8), Out(scales, torch.uint8)
-
-
-def _check_values(call: Call) -> None:
-    if call.global_scale is not None:
-        call.require_positive("global_scale")
+    return _scales.fp4_outputs(call, fmt, x.shape[:-1], x.shape[-1])
 
 
 _PREFERENCES = (
@@ -43,7 +31,7 @@ _PREFERENCES = (
 )
 
 
-@op(preferences=_PREFERENCES, contract=_contract, check_values=_check_values)
+@op(preferences=_PREFERENCES, contract=_contract, check_values=_scales.require_positive_global_scale)
 def fp4_quantize(
     input: Tensor,
     global_scale: Tensor | None = None,

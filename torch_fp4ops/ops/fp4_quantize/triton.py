@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
-import torch
 from torch import Tensor
 
-from ... import scale_layouts
-from ...formats import fp4_format
 from .._triton_launch import why_not
-from .._triton_quantize import quantize_rows
+from .._triton_quantize import fp4_outputs, quantize_rows
 from . import fp4_quantize
 
 
@@ -26,12 +21,7 @@ def fp4_quantize_triton(
     *,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    fmt = fp4_format(sf_vec_size, sf_use_ue8m0)
-    assert fmt is not None
-    layout = scale_layouts.layout_from_flags(is_sf_swizzled_layout, is_sf_8x4_layout)
-    *leading, k = input.shape
-    codes = input.new_empty((*leading, k // 2), dtype=torch.uint8)
-    shape = scale_layouts.scale_shape(math.prod(leading), k // fmt.block_size, layout)
-    scales = input.new_empty(shape, dtype=torch.uint8)
+    flags = (sf_vec_size, sf_use_ue8m0, is_sf_swizzled_layout, is_sf_8x4_layout)
+    fmt, layout, codes, scales = fp4_outputs(input, input.shape[-1], *flags)
     quantize_rows(input, fmt, layout, global_scale, is_global_scale_inversed, codes, scales)
     return codes, scales
