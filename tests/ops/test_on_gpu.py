@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from torch_fp4ops import OPS
+from torch_fp4ops.selection import choose
 from torch_fp4ops.testing import Sample, assert_same_bytes, samples
 
 pytestmark = pytest.mark.gpu
@@ -65,6 +66,18 @@ def test_a_graph_replays_with_new_inputs(name, i):
         torch.cuda.synchronize()
         for a, b in zip(captured, wanted, strict=True):
             assert_same_bytes(a, b, backend)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_auto_takes_triton(name):
+    """Wherever it can; FlashInfer is preferred from compute capability 10.0 on only."""
+    if torch.cuda.get_device_capability() >= (10, 0):
+        pytest.skip("FlashInfer may be preferred here")
+    op = OPS[name]
+    able = [op.why_not("triton", op.check(*s.args, **s.kwargs)) is None for s in gpu_samples(name)]
+    assert sum(able) > len(able) // 2
+    for sample, can in zip(gpu_samples(name), able, strict=True):
+        assert choose(op, op.check(*sample.args, **sample.kwargs)).backend == ("triton" if can else "reference")
 
 
 @pytest.mark.parametrize("name", OPS)
