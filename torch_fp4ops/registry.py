@@ -17,6 +17,7 @@ from torch import Tensor
 from torch._C import DispatchKey
 from torch.utils._pytree import tree_leaves
 
+from .capture import FirstUseInCapture, recorder
 from .codecs import as_bytes
 from .contracts import Call, Out
 from .selection import Preference, choose
@@ -141,7 +142,13 @@ class Op:
         decision = choose(self, call)
         if decision.rejected and decision.backend == "reference":
             _warn_reference(self.name, "; ".join(f"{n}: {why}" for n, why in decision.rejected.items()))
-        result = self._backends[decision.backend].run(*args, **kwargs)
+        recording = recorder.get()
+        if recording is not None:
+            recording.add(call, decision)
+        try:
+            result = self._backends[decision.backend].run(*args, **kwargs)
+        except FirstUseInCapture as error:
+            raise FirstUseInCapture(error.work, call, decision.backend) from None
         for name in self._mutates:
             t = getattr(call, name)
             if not t.is_inference():  # those have no version counter
