@@ -1,4 +1,4 @@
-"""What CUDA graphs need to know of the ops: which backends a capture took, and that nothing first-time happens in one."""
+"""For CUDA graphs: which backends a capture took, and a refusal of first-time work within one."""
 
 from __future__ import annotations
 
