@@ -39,8 +39,13 @@ def refuse_first_use(work: str) -> None:
     workspace), never on the way of every call. ``work`` says what, as a clause: "kernel x would be compiled". The op
     and the shapes are added on the way out.
     """
-    if torch.cuda.is_current_stream_capturing():
+    if _capturing():
         raise FirstUseInCapture(work)
+
+
+def _capturing() -> bool:
+    # A build without CUDA has no is_current_stream_capturing.
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def describe(call: Call) -> str:
