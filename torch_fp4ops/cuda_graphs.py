@@ -93,7 +93,8 @@ def piecewise(function: Callable[..., Any], sizes: Iterable[int], split: Iterabl
 
     torch's rules on dynamic sizes hold: the first size compiles, the second one compiles for all sizes, and the
     sizes 0 and 1 may compile once more unless they come first. ``torch._dynamo.decorators.mark_unbacked(x, dim)``
-    before the first call makes it one compilation for all. Each thread captures graphs of its own.
+    before the first call makes it one compilation for all. Call it from one thread: Inductor's graphs belong to the
+    thread that captured them, and before torch 2.13 no thread but the main one can capture.
 
     On the CPU there are no graphs: the function is compiled, nothing is captured, and ``split`` changes nothing.
 
