@@ -6,6 +6,7 @@ be split.
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,14 @@ def decode_attention(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor)
 @decode_attention.register_fake
 def _(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
     return torch.empty_like(q, memory_format=torch.contiguous_format)
+
+
+def mark_batch(*tensors: Tensor) -> None:
+    """Have the first dimension, the same one in all, compiled once for every size (where this torch can)."""
+    mark_unbacked = torch._dynamo.decorators.mark_unbacked
+    if "shape_id" in inspect.signature(mark_unbacked).parameters:
+        for t in tensors:
+            mark_unbacked(t, 0, shape_id="batch")
 
 
 @dataclass(frozen=True)
