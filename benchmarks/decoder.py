@@ -33,12 +33,13 @@ def _(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
     return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 
+CAN_MARK_BATCH = "shape_id" in inspect.signature(torch._dynamo.decorators.mark_unbacked).parameters
+
+
 def mark_batch(*tensors: Tensor) -> None:
     """Have the first dimension, the same one in all, compiled once for every size (where this torch can)."""
-    mark_unbacked = torch._dynamo.decorators.mark_unbacked
-    if "shape_id" in inspect.signature(mark_unbacked).parameters:
-        for t in tensors:
-            mark_unbacked(t, 0, shape_id="batch")
+    for t in tensors if CAN_MARK_BATCH else ():
+        torch._dynamo.decorators.mark_unbacked(t, 0, shape_id="batch")
 
 
 @dataclass(frozen=True)
