@@ -222,9 +222,9 @@ def test_graphs_of_two_sizes_share_a_pool():
 def test_capture_in_a_stream_of_ones_own():
     model = quantized_decoder()
     wanted = eager_steps(model, 4, 3)
+    static = step_inputs(4)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    static = step_inputs(4)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.stream(stream):
         warmup(model, [static])

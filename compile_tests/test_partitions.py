@@ -15,7 +15,10 @@ from torch_fp4ops.testing import assert_same_bytes
 
 from . import architectures
 
-pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+pytestmark = [
+    pytest.mark.usefixtures("fresh_dynamo"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, and test_on_gpu.py"),
+]
 
 
 @pytest.fixture

@@ -102,6 +102,25 @@ def test_the_size_is_that_of_the_first_tensor(args, message):
 # warmup and records
 
 
+def test_warmup_makes_tensors_where_the_model_is():
+    where = []
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("weight", torch.zeros(2, device="meta"))
+
+        def forward(self, x):
+            where.append(x.device.type)
+            return x
+
+    warmup(Model(), [(1, 2)])
+    step = piecewise(Model(), [1])
+    step._compiled = step.function  # meta tensors don't compile
+    warmup(step, [(1, 2)])
+    assert where == ["meta"] * 4
+
+
 def test_warmup_takes_shapes_arguments_and_keywords():
     calls = []
 

@@ -36,12 +36,14 @@ class Piecewise:
     """What :func:`piecewise` returns.
 
     Attributes:
+        function: what is compiled.
         sizes: the sizes that are captured, ascending.
         decisions: by size, the backends that its ops took when it was warmed up and captured: what its graphs run,
             whatever ``set_backend`` says later. ``torch_fp4ops.explain`` prints them.
     """
 
     def __init__(self, function: Callable[..., Any], sizes: tuple[int, ...], split: tuple[str, ...], dim: int):
+        self.function = function
         self.sizes = sizes
         self.decisions: dict[int, Decisions] = {}
         self._dim = dim
@@ -165,7 +167,8 @@ def warmup(
     """
     where: Any = device
     if where is None:
-        tensors = (*function.parameters(), *function.buffers()) if isinstance(function, torch.nn.Module) else ()
+        model = function.function if isinstance(function, Piecewise) else function
+        tensors = (*model.parameters(), *model.buffers()) if isinstance(model, torch.nn.Module) else ()
         where = tensors[0].device if tensors else ("cuda" if torch.cuda.is_available() else "cpu")
     for entry in shapes:
         args: tuple[Any, ...] = ()
