@@ -99,7 +99,7 @@ class Layer(nn.Module):
             caches, scale = (self.keys, self.values, self.keys_sf, self.values_sf), self.cache_scale
             torch.ops.fp4.nvfp4_kv_quantize_store(key, value, rows * shape.length + positions, *caches, scale, scale)
             pairs = ((self.keys, self.keys_sf), (self.values, self.values_sf))
-            keys, values = (self._dequantized(*pair, x.shape[0]) for pair in pairs)
+            keys, values = (self._dequantized(*pair) for pair in pairs)
         else:
             self.keys.index_put_((rows, positions), key)
             self.values.index_put_((rows, positions), value)
@@ -108,10 +108,10 @@ class Layer(nn.Module):
         gate, up = self.gate_up(self.norm2(x)).chunk(2, -1)
         return x + self.down(nn.functional.silu(gate) * up)
 
-    def _dequantized(self, codes: Tensor, scales: Tensor, batch: int) -> Tensor:
-        codes, scales = codes[:batch], scales[:batch]
+    def _dequantized(self, codes: Tensor, scales: Tensor) -> Tensor:
+        # Of all sequences: not every torch compiles a slice by an unbacked batch.
         flat = torch.ops.fp4.nvfp4_kv_dequantize(codes.flatten(0, 2), scales.flatten(0, 2), self.cache_scale)
-        return flat.view(batch, *codes.shape[1:3], self.shape.head_dim)
+        return flat.view(*codes.shape[:3], self.shape.head_dim)
 
 
 class Decoder(nn.Module):
