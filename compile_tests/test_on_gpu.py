@@ -17,6 +17,8 @@ from torch_fp4ops.nn import quantize_
 from torch_fp4ops.testing import assert_same_bytes
 from torch_fp4ops.testing.samples import values
 
+from . import architectures
+
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("fresh_dynamo", "triton_without_grad")]
 
 SHAPE = decoder.Shape(hidden=256, layers=2, heads=4, kv_heads=2, intermediate=512, vocabulary=128, batch=16, length=32)
@@ -120,6 +122,27 @@ def test_a_decoder_in_pieces_equals_itself_without_graphs(kv_cache):
     assert recorded_graphs() == SHAPE.layers + 1
     model.clear()
     torch.testing.assert_close(wanted[0], model(*step_inputs(4)), atol=0.1, rtol=0.1)
+
+
+def test_a_mixture_of_experts_in_pieces_equals_itself_without_graphs():
+    pytest.importorskip("transformers")
+    model = architectures.quantized("qwen_moe", attention="opaque").cuda()
+    split = ["torch_fp4ops_tests::attention"]
+    inputs = {}
+    for size in (2, 5):
+        made = architectures.inputs("qwen_moe", size, mask=True)
+        inputs[size] = {name: t.cuda() if isinstance(t, Tensor) else t for name, t in made.items()}
+        torch._dynamo.decorators.mark_unbacked(*architectures.dynamic_input("qwen_moe", inputs[size]))
+    with inductor_config.patch("triton.cudagraph_capture_sizes", ()):
+        step = piecewise(model, inputs, split)
+        wanted = {size: step(**given).logits.clone() for size, given in inputs.items()}
+    step = piecewise(model, inputs, split)
+    for size, given in inputs.items():
+        for _ in range(3):
+            assert_same_bytes(step(**given).logits, wanted[size])
+    assert recorded_graphs() == len(inputs) * 3  # two layers
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert step.decisions[5].backends() == {op: {"triton"} for op in ("mm_bf16_fp4", "cutlass_fused_moe")}
 
 
 def test_replays_allocate_nothing():
