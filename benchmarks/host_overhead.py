@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 if str(Path(__file__).parent.parent) not in sys.path:
     sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -24,7 +24,7 @@ from torch import Tensor
 from benchmarks import cases
 from torch_fp4ops.contracts import Call, Out
 from torch_fp4ops.registry import OPS, Op, op
-from torch_fp4ops.testing import Sample
+from torch_fp4ops.testing import Sample, samples
 
 _serial = itertools.count()
 
@@ -112,22 +112,39 @@ def registration_overhead(calls: int = CALLS, runs: int = RUNS) -> float:
     return worst
 
 
-def backend_overheads(calls: int = 2000, runs: int = 5) -> None:
-    """Print, for each op's smallest benchmark case on the GPU, a backend called through the op and directly."""
-    print(f"\nevery backend on the GPU, without grad: us a call, median of {runs} runs of {calls} calls")
-    print(f"  {'op':26} {'backend':14} {'directly':>9} {'through the op':>15} {'added':>7}")
+class Overhead(NamedTuple):
+    """Microseconds of a call of a backend, directly and through the op."""
+
+    op: str
+    backend: str
+    direct_us: float
+    op_us: float
+
+
+def backend_overheads(calls: int = 2000, runs: int = 5, device: str = "cuda") -> Iterator[Overhead]:
+    """Every op's smallest benchmark case (a sample where it has none) on each backend but the reference."""
     smallest: dict[str, cases.Case] = {}
     for case in cases.cpu_cases():
         if case.op not in smallest or case.bytes < smallest[case.op].bytes:
             smallest[case.op] = case
-    for name, case in smallest.items():
-        sample = case.sample("cuda")
-        call = OPS[name].check(*sample.args, **sample.kwargs)
-        for backend in OPS[name].backend_names():
-            if backend == "reference" or OPS[name].why_not(backend, call) is not None:
-                continue
-            direct_us, op_us = _directly_and_through(OPS[name], backend, sample, calls, runs)
-            print(f"  {name:26} {backend:14} {direct_us:9.2f} {op_us:15.2f} {op_us - direct_us:7.2f}", flush=True)
+    for name, measured in OPS.items():
+        sample = smallest[name].sample(device) if name in smallest else samples(measured, device)[-1]
+        call = measured.check(*sample.args, **sample.kwargs)
+        for backend in measured.backend_names():
+            if backend != "reference" and measured.why_not(backend, call) is None:
+                yield Overhead(name, backend, *_directly_and_through(measured, backend, sample, calls, runs))
+
+
+def print_backend_overheads() -> list[Overhead]:
+    """The table of :func:`backend_overheads` on the GPU, and what it holds."""
+    print("\nevery backend on the GPU, without grad: us a call, median of runs of many calls")
+    print(f"  {'op':26} {'backend':14} {'directly':>9} {'through the op':>15} {'added':>7}")
+    rows = []
+    for row in backend_overheads():
+        added = row.op_us - row.direct_us
+        print(f"  {row.op:26} {row.backend:14} {row.direct_us:9.2f} {row.op_us:15.2f} {added:7.2f}", flush=True)
+        rows.append(row)
+    return rows
 
 
 def _directly_and_through(op: Op, backend: str, sample: Sample, calls: int, runs: int) -> tuple[float, float]:
@@ -149,7 +166,7 @@ def main() -> int:
         print(torch.cuda.get_device_name())
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            backend_overheads()
+            print_backend_overheads()
     else:
         print("torch sees no GPU, so the backends' own launches are not measured")
     return int(worst > BOUND_US)

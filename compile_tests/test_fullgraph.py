@@ -146,32 +146,6 @@ def test_a_wrong_size_after_a_right_one_is_refused():
         compiled(x, b, b_sf, torch.ones(4))
 
 
-def test_store_into_a_cache_makes_no_copy_of_it():
-    """Inductor must mutate the caches in place: not clone them, not copy back."""
-    from torch._inductor.utils import run_and_get_code
-
-    caches = [torch.zeros(64, 16, 2, d, dtype=torch.uint8) for d in (32, 32, 4, 4)]
-    scale = torch.tensor([5 / 2688])
-
-    def step(key, value, slots, caches):
-        torch.ops.fp4.nvfp4_kv_quantize_store(key * 2, value * 2, slots, *caches, scale, scale)
-        return key + 1
-
-    key, slots = values(0, 3, 2, 64), torch.tensor([0, 77, -1])
-    pointers = [c.data_ptr() for c in caches]
-    _, (code,) = run_and_get_code(torch.compile(step, fullgraph=True), key, key, slots, caches)
-    assert pointers == [c.data_ptr() for c in caches]
-    wanted = [torch.zeros_like(c) for c in caches]
-    step(key, key, slots, wanted)
-    assert_equal_trees(caches, wanted)
-    assert any(c.any() for c in caches)
-    body = code[code.index("def call") :]
-    assert "torch.ops.fp4.nvfp4_kv_quantize_store" in body
-    # No buffer of a cache's shape is allocated, so none is copied.
-    for last in (32, 4):
-        assert f"(64, 16, 2, {last})" not in "\n".join(line for line in body.splitlines() if "empty_strided" in line)
-
-
 def test_ops_keep_strides_that_they_are_given():
     """needs_fixed_stride_order: a column-major weight stays column-major through Inductor."""
     a, a_sf = OPS["fp4_quantize"](values(0, 5, 64), torch.ones(1))

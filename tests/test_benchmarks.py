@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
-from benchmarks import cases, gpu_report, host_overhead, peers, plots, report, run, timing, verify
+from benchmarks import cases, decode_step, gpu_report, host_overhead, peers, plots, report, run, timing, verify
 from benchmarks.report import Row
 from torch_fp4ops import OPS
 from torch_fp4ops.testing import Sample
@@ -352,3 +352,36 @@ def test_unwritten_reads_are_told_apart(tmp_path):
         "=========     at void at::native::elementwise_kernel<(int)128>(int, T3)+0x19b0\n"
     )
     assert gpu_report.count_unwritten_reads(str(log)) == {"unwritten_reads": 1, "unwritten_reads_of_torch": 1}
+
+
+# The decoding step
+
+TINY = {"hidden": 64, "layers": 1, "heads": 4, "kv-heads": 2, "intermediate": 128, "vocabulary": 32, "length": 16}
+TINY_STEP = [f"--{name}={size}" for name, size in TINY.items()]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_decode_step_runs_and_writes_its_rows(tmp_path, capsys, fresh_dynamo, device):
+    out = tmp_path / "out.csv"
+    backend, weights = ("triton", decode_step.WEIGHTS) if device == "cuda" else ("reference", ["nvfp4-w4a16"])
+    options = ["--batches", "1", "2", "--weights", *weights, "--device", device, "--backend", backend, "--no-ops"]
+    status = decode_step.main(["--out", str(out), *options, *TINY_STEP])
+    rows = list(csv.DictReader(out.open()))
+    assert status == 0, [r["status"] for r in rows]
+    modes = decode_step.MODES if device == "cuda" else decode_step.MODES[:2]
+    wanted = [(w, m, b) for w in weights for b in "12" for m in modes]
+    assert [(r["weights"], r["mode"], r["batch"]) for r in rows] == wanted
+    for r in rows:
+        assert float(r["us"]) > 0
+        assert float(r["tokens_per_s"]) == pytest.approx(int(r["batch"]) / float(r["us"]) * 1e6, rel=1e-3)
+        assert (float(r["kernel_us"]) > 0) == (device == "cuda")
+    assert "tokens/s" in capsys.readouterr().out
+
+
+def test_a_mode_that_fails_is_a_row(tmp_path, capsys, fresh_dynamo, monkeypatch):
+    def fail(*arguments):
+        raise RuntimeError("no capture\nand more")
+
+    monkeypatch.setattr(decode_step, "_step", fail)
+    assert decode_step.main(["--batches", "1", "--device", "cpu", "--backend", "reference", *TINY_STEP]) == 1
+    assert "RuntimeError: no capture\n" in capsys.readouterr().out

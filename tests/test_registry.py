@@ -133,6 +133,28 @@ def test_python_call_views_native_bytes():
         torch.ops.fp4._test_scale(data.view(torch.float8_e4m3fn))
 
 
+def test_defaults_that_aot_inductor_loses_are_none_in_the_schema():
+    """The function keeps its own: None, which torch then hands over, means that."""
+
+    @op(contract=lambda call: Out(call.x.shape, call.to))
+    def _test_defaults(
+        x: Tensor, n: int = 3, to: torch.dtype = torch.float64, *, power: int = 2, backend: str = "auto"
+    ) -> Tensor:
+        """Scale and raise."""
+        return (x * n).to(to) ** power
+
+    OPS.pop("_test_defaults")
+    text = str(torch.ops.fp4._test_defaults.default._schema)
+    assert "SymInt n=3, ScalarType? to=None, *, SymInt? power=None, str backend=" in text
+    wanted = torch.full((2,), 36.0, dtype=torch.float64)
+    x = torch.full((2,), 2.0)
+    call = torch.ops.fp4._test_defaults
+    for given in (call(x), call(x, 3, None), call(x, to=None, power=None), call(x, 3, torch.float64, power=2)):
+        assert given.equal(wanted) and given.dtype == wanted.dtype
+    assert call(x, 1, torch.float32, power=3).equal(torch.full((2,), 8.0))
+    assert call(x.to("meta"), 3, None).dtype == torch.float64
+
+
 def test_backend_with_another_schema_or_a_taken_name_is_refused():
     def shorter(x: Tensor, *, backend: str = "auto") -> Tensor:
         return x

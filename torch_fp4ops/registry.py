@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch._C import DispatchKey
 from torch.utils._pytree import tree_leaves
 
+from .capture import FirstUseInCapture, recorder
 from .codecs import as_bytes
 from .contracts import Call, Out
 from .selection import Preference, choose
@@ -76,11 +78,16 @@ class Op:
         self.unimportable: dict[str, str] = {}  # backend name -> why its module does not import
         self._loaded = False
 
-        _LIBRARY.define(f"{self.name}{self.schema}", tags=_TAGS)
+        _LIBRARY.define(f"{self.name}{_with_none_for_defaults(self.schema)}", tags=_TAGS)
         self.default = getattr(torch.ops.fp4, self.name).default
         arguments = self.default._schema.arguments
         self._names = tuple(a.name for a in arguments)
         self._defaults = {n: p.default for n, p in self.signature.parameters.items() if p.default is not p.empty}
+        self._for_none = tuple(
+            (i, a.name, self._defaults[a.name])
+            for i, a in enumerate(arguments)
+            if a.has_default_value() and a.default_value is None and self._defaults[a.name] is not None
+        )
         # All but the first, whose device is the call's.
         self._tensor_names = tuple(a.name for a in arguments[1:] if "Tensor" in str(a.type))
         self._mutates = tuple(mutates)
@@ -109,6 +116,9 @@ class Op:
         arguments = self._defaults.copy()
         arguments.update(zip(self._names, args))  # noqa: B905  (strict= costs time, and fewer arguments are right)
         arguments.update(kwargs)
+        for _, name, default in self._for_none:
+            if arguments[name] is None:
+                arguments[name] = default
         return Call(self.name, args[0] if args else kwargs[self._names[0]], arguments)
 
     def _validate(self, call: Call) -> Any:
@@ -141,12 +151,30 @@ class Op:
         decision = choose(self, call)
         if decision.rejected and decision.backend == "reference":
             _warn_reference(self.name, "; ".join(f"{n}: {why}" for n, why in decision.rejected.items()))
-        result = self._backends[decision.backend].run(*args, **kwargs)
+        recording = recorder.get()
+        if recording is not None:
+            recording.add(call, decision)
+        if self._for_none:
+            args, kwargs = self._with_defaults(args, kwargs)
+        try:
+            result = self._backends[decision.backend].run(*args, **kwargs)
+        except FirstUseInCapture as error:
+            raise FirstUseInCapture(error.work, call, decision.backend) from None
         for name in self._mutates:
             t = getattr(call, name)
             if not t.is_inference():  # those have no version counter
                 torch.autograd.graph.increment_version(t)
         return result
+
+    def _with_defaults(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments with the function's default for a None that only torch's schema knows."""
+        for i, name, default in self._for_none:
+            if i < len(args):
+                if args[i] is None:
+                    args = (*args[:i], default, *args[i + 1 :])
+            elif kwargs.get(name, default) is None:
+                kwargs = {**kwargs, name: default}
+        return args, kwargs
 
     def _fake(self, *args: Any, **kwargs: Any) -> Any:
         call = self._bind(args, kwargs)
@@ -289,6 +317,17 @@ def op(
 _straight_to_kernel: set[int] = set()
 _warned: set[str] = set()
 _INFERENCE_ONLY = "These ops are for inference: use torch.no_grad() or torch.inference_mode(), or detach() the input."
+
+
+def _with_none_for_defaults(schema: str) -> str:
+    """The schema with None as the default where AOTInductor loses another one.
+
+    It hands a dtype that is left out on as a number, and a keyword-only int that is left out to the call but not to
+    the callee; both are refused when the package is loaded or run.
+    """
+    positional, star, keyword_only = schema.partition(" *,")
+    keyword_only = re.sub(r"SymInt (\w+)=-?\d+", r"SymInt? \1=None", keyword_only)
+    return re.sub(r"ScalarType (\w+)=\w+", r"ScalarType? \1=None", positional + star + keyword_only)
 
 
 def _any_requires_grad(arguments: Iterable[Any]) -> bool:

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import textwrap
 import warnings
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+
+from .capture import Decisions
 
 if TYPE_CHECKING:
     from .contracts import Call
@@ -143,14 +146,20 @@ def choose(op: Op, call: Call) -> Decision:
     return Decision("reference", rejected)
 
 
-def explain(op: Op | str, *args: Any, **kwargs: Any) -> str:
+def explain(op: Op | str | Any, *args: Any, **kwargs: Any) -> str:
     """A few lines of text: which backend the op would take for these arguments, and why not each other one.
 
     ``op`` is a name or the op itself. The arguments are the op's own; they are checked as the op would check them,
-    and nothing is launched.
+    and nothing is launched. Given what ``record_decisions`` or ``piecewise`` (of ``torch_fp4ops.cuda_graphs``)
+    returned, and no arguments: which backends were taken when that was captured.
     """
     from .registry import OPS
 
+    if isinstance(op, Decisions):
+        return str(op)
+    if not isinstance(op, str) and hasattr(op, "decisions"):
+        sizes = [f"size {size}:\n{textwrap.indent(str(taken), '  ')}" for size, taken in sorted(op.decisions.items())]
+        return "\n".join(sizes) or "nothing has been captured yet"
     if isinstance(op, str):
         if op not in OPS:
             raise ValueError(f"explain: there is no op {op!r}; the ops are {', '.join(sorted(OPS))}")

@@ -37,6 +37,14 @@ def encode_scale(x: Tensor) -> Tensor:
     return _ENCODED_MAX / amax.clamp(min=_SMALLEST_AMAX)
 
 
+def _out_dtype(x: Tensor) -> torch.dtype | None:
+    """x's dtype as the operators take it: None stands for bfloat16 where x is that.
+
+    AOTInductor before torch 2.13 passes a dtype that is given as another one.
+    """
+    return None if x.dtype == torch.bfloat16 else x.dtype
+
+
 class FP4Linear(BlockScaledLinear):
     """``torch.nn.Linear`` with NVFP4 or MXFP4 weights, for inference (no backward; use ``torch.no_grad()``).
 
@@ -152,7 +160,7 @@ class FP4Linear(BlockScaledLinear):
                 b=self.weight,
                 b_descale=self.weight_scale,
                 alpha=None if weight_global is None else 1.0 / weight_global,
-                out_dtype=x.dtype,
+                out_dtype=_out_dtype(x),
                 block_size=block_size,
             )
         alpha = input_global = None
@@ -166,7 +174,7 @@ class FP4Linear(BlockScaledLinear):
             a_descale=scales,
             b_descale=self.weight_scale.T,
             alpha=alpha,
-            out_dtype=x.dtype,
+            out_dtype=_out_dtype(x),
             block_size=block_size,
             use_nvfp4=self.format == NVFP4.name,
         )
@@ -238,7 +246,7 @@ class MXFP8Linear(BlockScaledLinear):
     def _product(self, x: Tensor) -> Tensor:
         codes, scales = torch.ops.fp4.mxfp8_quantize(input=x)
         return torch.ops.fp4.mm_mxfp8(
-            a=codes, b=self.weight.T, a_descale=scales, b_descale=self.weight_scale, out_dtype=x.dtype
+            a=codes, b=self.weight.T, a_descale=scales, b_descale=self.weight_scale, out_dtype=_out_dtype(x)
         )
 
     # Python's pickle writes float8 tensors that torch can't read back; bytes it can.

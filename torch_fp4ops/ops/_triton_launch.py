@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ import triton
 from torch import Tensor
 
 from .. import scale_layouts
+from ..capture import refuse_first_use
 from ..contracts import Call
 
 __all__ = [
@@ -92,6 +94,21 @@ def _warp_size(device: torch.device) -> int:
     if torch.version.hip is None or device.type == "cpu":
         return 32
     return torch.cuda.get_device_properties(device).warp_size
+
+
+def _refuse_to_compile_in_capture(before: Callable[..., bool | None] | None) -> Callable[..., bool | None]:
+    """A hook that Triton calls where it has no kernel for a specialisation yet, and at no other launch."""
+
+    def hook(**compilation: Any) -> bool | None:
+        fn = compilation["fn"]
+        if fn.module.startswith("torch_fp4ops.") and not compilation["is_manual_warmup"]:
+            refuse_first_use(f"Triton kernel {fn.name} would be compiled or loaded")
+        return before(**compilation) if before is not None else None
+
+    return hook
+
+
+triton.knobs.runtime.jit_cache_hook = _refuse_to_compile_in_capture(triton.knobs.runtime.jit_cache_hook)
 
 
 def launch(

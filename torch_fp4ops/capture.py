@@ -1,0 +1,106 @@
+"""For CUDA graphs: which backends a capture took, and a refusal of first-time work within one."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .contracts import Call
+    from .selection import Decision
+
+__all__ = ["Decisions", "FirstUseInCapture", "record_decisions", "refuse_first_use"]
+
+
+class FirstUseInCapture(RuntimeError):
+    """A CUDA graph was being captured when an op needed work that is done once: compiling a kernel, say.
+
+    Nothing was launched. Call the op with these shapes before the capture: ``torch_fp4ops.cuda_graphs.warmup``.
+    """
+
+    def __init__(self, work: str, call: Call | None = None, backend: str = ""):
+        self.work = work
+        message = f"{work} while a CUDA graph is being captured"
+        if call is not None:
+            message = f"torch.ops.fp4.{call.op_name}, backend {backend!r}: {message}, for {describe(call)}"
+        hint = "Warm it up with these shapes before the capture: torch_fp4ops.cuda_graphs.warmup(function, [arguments])"
+        super().__init__(f"{message}. {hint}")
+
+
+def refuse_first_use(work: str) -> None:
+    """Raise :class:`FirstUseInCapture` if the current stream is being captured.
+
+    For backends, where they are about to do work that is done once (compiling, tuning, probing, allocating a
+    workspace), never on the way of every call. ``work`` says what, as a clause: "kernel x would be compiled". The op
+    and the shapes are added on the way out.
+    """
+    if _capturing():
+        raise FirstUseInCapture(work)
+
+
+def _capturing() -> bool:
+    # A build without CUDA has no is_current_stream_capturing.
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
+def describe(call: Call) -> str:
+    """The tensors of a call: names, dtypes and shapes."""
+    parts = []
+    for name, given in call.__dict__.items():
+        for t in given if isinstance(given, list) else (given,):
+            if isinstance(t, Tensor):
+                parts.append(f"{name} {str(t.dtype).removeprefix('torch.')} {list(t.shape)}")
+    return ", ".join(parts)
+
+
+class Decisions:
+    """Which backend each call took; ``explain`` prints it. Calls that differ in data alone are counted as one."""
+
+    def __init__(self) -> None:
+        self._counts: dict[tuple[str, str, str, str, str], int] = {}
+
+    def add(self, call: Call, decision: Decision) -> None:
+        rejected = "; ".join(f"{name}: {why}" for name, why in decision.rejected.items())
+        key = (call.op_name, decision.backend, decision.decided_by, describe(call), rejected)
+        self._counts[key] = self._counts.get(key, 0) + 1
+
+    def backends(self) -> dict[str, set[str]]:
+        """The backends that each op took."""
+        taken: dict[str, set[str]] = {}
+        for op_name, backend, *_ in self._counts:
+            taken.setdefault(op_name, set()).add(backend)
+        return taken
+
+    def __len__(self) -> int:
+        return len(self._counts)
+
+    def __str__(self) -> str:
+        lines = []
+        for (op_name, backend, decided_by, shapes, rejected), count in self._counts.items():
+            lines.append(f"{op_name}: {backend} (decided by {decided_by}), {count} x {shapes}")
+            if rejected:
+                lines.append(f"  not {rejected}")
+        return "\n".join(lines) or "no op of torch_fp4ops was called"
+
+
+recorder: ContextVar[Decisions | None] = ContextVar("torch_fp4ops_recorder", default=None)
+
+
+@contextlib.contextmanager
+def record_decisions(into: Decisions | None = None) -> Iterator[Decisions]:
+    """Record which backend each call inside takes, in this thread.
+
+    Selection happens when an op runs, and a CUDA graph keeps what it was when the graph was captured: around
+    ``torch.cuda.graph`` this is what the graph runs for good. ``torch_fp4ops.explain`` prints it.
+    """
+    decisions = Decisions() if into is None else into
+    token = recorder.set(decisions)
+    try:
+        yield decisions
+    finally:
+        recorder.reset(token)
