@@ -19,12 +19,12 @@ from hypothesis import HealthCheck, is_hypothesis_test, settings
 _SHARDS = int(os.environ.get("PROPERTY_SHARDS", "1"))
 
 
-def few(examples: int = 40) -> settings:
+def few(examples: int = 40, nightly: int = 2000) -> settings:
     """Settings of a property of a kernel: conftest's profiles are not loaded in the interpreter's process, and only a
     GPU takes thousands of examples."""
-    nightly = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
+    on_a_gpu = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
     return settings(
-        max_examples=examples * 100 // _SHARDS if nightly else examples,
+        max_examples=-(-nightly // _SHARDS) if on_a_gpu else examples,
         deadline=None,
         suppress_health_check=[HealthCheck.too_slow],
     )

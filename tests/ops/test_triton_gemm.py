@@ -242,7 +242,7 @@ def check_every_configuration(device: str) -> None:
         assert_matmul_close(out.cpu(), a, dequantized(b, MXFP4))
 
 
-@few(12)
+@few(12, nightly=1000)
 @given(
     tokens=st.integers(1, 70),
     seed=st.integers(0, 2**31),
