@@ -83,6 +83,13 @@ def samples() -> Iterator[tuple[str, tuple[Any, ...], dict[str, Any]]]:
     turned = [interleave_moe_weights_for_sm90_mixed_gemm(w) for w in (w1, w2)]
     yield "w4a16-mxfp4-flashinfer", (x, *route, *turned, bf16, folded, *biases), {**group, **swiglu}
 
+    # Every tile of FlashInfer's kernels divides these sizes.
+    large = [values(i, EXPERTS, rows, 256, scale=0.06) for i, rows in ((10, 512), (11, 256))]
+    (v1, t1), (v2, t2) = (quantize_mx(w.float(), MXFP4) for w in large)
+    turned = [interleave_moe_weights_for_sm90_mixed_gemm(w) for w in (v1, v2)]
+    folded = [interleave_moe_scales_for_sm90_mixed_gemm(s) for s in (t1, t2)]
+    yield "w4a16-mxfp4-flashinfer-256", (values(5, 5, 256), *route, *turned, bf16, folded), group
+
     swizzled = [scale_layouts.swizzle(s, "128x4") for s in (s1, s2)]
     int32 = [s.view(torch.int32) for s in swizzled]
     mxfp8 = {"use_mxfp8_act_scaling": True}
