@@ -15,7 +15,7 @@ ROOT = Path(torch_fp4ops.__file__).parent
 
 # A module may import from its own layer and those before it.
 LAYERS = (
-    {"formats", "codecs", "block_quantization", "scale_layouts", "weight_layouts", "contracts"},
+    {"formats", "codecs", "block_quantization", "scale_layouts", "weight_layouts", "prepared_weights", "contracts"},
     {"registry", "selection"},
     {"ops", "testing", "probe"},
     {"nn", "kv_cache", "cuda_graphs"},

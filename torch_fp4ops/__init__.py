@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from . import ops as _ops  # noqa: F401  (registers the operators)
 from .formats import MXFP4, MXFP8, NVFP4, BlockFormat
+from .prepared_weights import PreparedWeight, prepare_fp4_weight
 from .registry import OPS, Op
 from .selection import BackendUnavailable, Decision, explain, read_environment, set_backend
 
@@ -20,7 +21,9 @@ __all__ = [
     "BlockFormat",
     "Decision",
     "Op",
+    "PreparedWeight",
     "explain",
+    "prepare_fp4_weight",
     "set_backend",
     *OPS,
 ]

@@ -7,12 +7,10 @@ from torch import Tensor
 
 from .. import scale_layouts
 from ..contracts import Call
-from ..weight_layouts import unshuffle_matrix_a, unshuffle_matrix_sf_a
+from ..weight_layouts import GEMM_LAYOUTS, unshuffle_matrix_a, unshuffle_matrix_sf_a
 from . import _scales
 
-PLAIN, TRTLLM = "plain", "trtllm"
-B_LAYOUTS = (PLAIN, TRTLLM)
-"""How a weight's bytes are stored: rows in order, or shuffled with their scales as trtllm-gen's kernels read them."""
+PLAIN, TRTLLM = GEMM_LAYOUTS
 
 
 def require_column_major(call: Call, argument: str) -> None:
@@ -23,7 +21,7 @@ def require_column_major(call: Call, argument: str) -> None:
 
 def require_b_layout(call: Call, n: int, blocks: int) -> None:
     """A known layout, and the sizes that a shuffled weight comes in."""
-    call.require(call.b_layout in B_LAYOUTS, "b_layout", call.b_layout, " or ".join(map(repr, B_LAYOUTS)))
+    call.require(call.b_layout in GEMM_LAYOUTS, "b_layout", call.b_layout, " or ".join(map(repr, GEMM_LAYOUTS)))
     if call.b_layout == TRTLLM:
         whole = "n a multiple of 128 and whole groups of 4 scales a row, as prepare_fp4_weight pads them"
         call.require(n % 128 == 0, "b", f"of n = {n} with b_layout='trtllm'", whole)

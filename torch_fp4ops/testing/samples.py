@@ -47,8 +47,8 @@ def assert_right(op: Op, sample: Sample, backend: str) -> None:
     """Run a backend on a copy of the sample and check what it gives, or writes, against the reference on the CPU.
 
     A backend that is not exact may differ in 1% of the bytes, and is not asked about NaN and infinities: see
-    :func:`comparable`. Where the op's samples module has an ``assert_close(out, *args, **kwargs)`` it decides (GEMMs: an error bound
-    against a float64 oracle); everything else must equal the reference byte for byte.
+    :func:`comparable`. Where the op's samples module has an ``assert_close(out, *args, **kwargs)`` it decides (GEMMs:
+    an error bound against a float64 oracle); everything else must equal the reference byte for byte.
 
     Raises AssertionError if the result is wrong, and whatever the op raises.
     """

@@ -9,6 +9,7 @@ from ... import scale_layouts
 from ...contracts import Call, Out
 from ...formats import MXFP8, NVFP4
 from ...registry import op
+from ...selection import Preference
 from .. import _scales
 from . import _modes
 from ._reference import fused_moe
@@ -140,7 +141,17 @@ def _check_values(call: Call) -> None:
             call.require(fine, f"quant_scales[{i}] ({name})", t.tolist(), "finite values above zero")
 
 
-@op(contract=_contract, check_values=_check_values, byte_arguments=("quant_scales", "input_sf"))
+# FlashInfer is asked from 10.0 on only, so that other GPUs never wait for its import.
+_BLACKWELL = "kernels made for the hardware's FP4 tensor cores; not measured by this project"
+_PREFERENCES = (Preference("flashinfer", "cuda", _BLACKWELL, (10, 0)),)
+
+
+@op(
+    preferences=_PREFERENCES,
+    contract=_contract,
+    check_values=_check_values,
+    byte_arguments=("quant_scales", "input_sf"),
+)
 def cutlass_fused_moe(
     input: Tensor,
     token_selected_experts: Tensor,

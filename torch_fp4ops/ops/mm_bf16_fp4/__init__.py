@@ -10,6 +10,7 @@ from ...block_quantization import dequantize_blocks
 from ...contracts import Call, Out
 from ...formats import MXFP4, NVFP4
 from ...registry import op
+from ...selection import Preference
 from .. import _matmul, _scales
 
 _FORMATS = {f.block_size: f for f in (NVFP4, MXFP4)}
@@ -34,7 +35,12 @@ def _contract(call: Call) -> Out:
     return Out((m, n), call.out_dtype or call.a.dtype)
 
 
-@op(contract=_contract, byte_arguments=("b", "b_descale"))
+# FlashInfer is asked from 10.0 on only, so that other GPUs never wait for its import.
+_BLACKWELL = "kernels made for the hardware's FP4 tensor cores; not measured by this project"
+_PREFERENCES = (Preference("flashinfer", "cuda", _BLACKWELL, (10, 0)),)
+
+
+@op(preferences=_PREFERENCES, contract=_contract, byte_arguments=("b", "b_descale"))
 def mm_bf16_fp4(
     a: Tensor,
     b: Tensor,

@@ -10,6 +10,7 @@ from ...block_quantization import dequantize_blocks
 from ...contracts import Call, Out
 from ...formats import MXFP4, NVFP4
 from ...registry import op
+from ...selection import Preference
 from .. import _matmul, _scales
 
 
@@ -37,7 +38,15 @@ def a_layout(use_8x4_sf_layout: bool) -> str:
     return scale_layouts.SWIZZLED_8X4 if use_8x4_sf_layout else scale_layouts.SWIZZLED_128X4
 
 
-@op(contract=_contract, byte_arguments=("a", "b", "a_descale", "b_descale"))
+# FlashInfer is asked from 10.0 on only, so that other GPUs never wait for its import.
+_BLACKWELL = "kernels made for the hardware's FP4 tensor cores; not measured by this project"
+_PREFERENCES = (
+    Preference("flashinfer", "cuda", _BLACKWELL, (10, 0)),
+    Preference("trtllm", "cuda", "reads b_layout='trtllm'", (10, 0)),
+)
+
+
+@op(preferences=_PREFERENCES, contract=_contract, byte_arguments=("a", "b", "a_descale", "b_descale"))
 def mm_fp4(
     a: Tensor,
     b: Tensor,

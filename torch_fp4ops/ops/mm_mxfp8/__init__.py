@@ -10,6 +10,7 @@ from ...block_quantization import dequantize_blocks
 from ...contracts import Call, Out
 from ...formats import MXFP8
 from ...registry import op
+from ...selection import Preference
 from .. import _matmul, _scales
 from ..mm_fp4 import a_layout
 
@@ -33,7 +34,15 @@ def _contract(call: Call) -> Out:
     return Out((m, n), call.out_dtype)
 
 
-@op(contract=_contract, byte_arguments=("a_descale", "b_descale"))
+# FlashInfer is asked from 10.0 on only, so that other GPUs never wait for its import.
+_BLACKWELL = "kernels made for the hardware's FP4 tensor cores; not measured by this project"
+_PREFERENCES = (
+    Preference("flashinfer", "cuda", _BLACKWELL, (10, 0)),
+    Preference("trtllm", "cuda", "reads b_layout='trtllm'", (10, 0)),
+)
+
+
+@op(preferences=_PREFERENCES, contract=_contract, byte_arguments=("a_descale", "b_descale"))
 def mm_mxfp8(
     a: Tensor,
     b: Tensor,

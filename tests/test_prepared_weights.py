@@ -1,0 +1,135 @@
+"""Prepared weights: the same product whatever form the checkpoint had, and a refusal where a backend can't read one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from torch_fp4ops import BackendUnavailable, mm_fp4, mm_mxfp8, prepare_fp4_weight, scale_layouts
+from torch_fp4ops.ops.fp4_quantize import fp4_quantize
+from torch_fp4ops.ops.mxfp8_quantize import mxfp8_quantize
+from torch_fp4ops.testing import assert_same_bytes
+from torch_fp4ops.testing.samples import values
+from torch_fp4ops.weight_layouts import swap_nibbles, unshuffle_matrix_a, unshuffle_matrix_sf_a
+
+M, N, K = 5, 40, 160
+SCALE = torch.tensor([300.0])
+FORMATS = {16: {}, 32: {"sf_vec_size": 32, "sf_use_ue8m0": True}}
+
+
+def quantized(rows: int, k: int, block: int, swizzled: bool = True):
+    return fp4_quantize(
+        values(rows, rows, k), SCALE if block == 16 else None, **FORMATS[block], is_sf_swizzled_layout=swizzled
+    )
+
+
+@pytest.mark.parametrize("block", [16, 32])
+@pytest.mark.parametrize("layout", ["plain", "trtllm"])
+@pytest.mark.parametrize("nibble_order", ["low_first", "high_first"])
+@pytest.mark.parametrize("scale_layout", ["linear", "128x4", "flat"])
+def test_every_form_of_a_checkpoint_gives_the_same_product(block, layout, nibble_order, scale_layout):
+    (a, a_sf), (b, b_sf) = quantized(M, K, block), quantized(N, K, block)
+    alpha = torch.tensor([1e-4])
+    wanted = mm_fp4(a, b.T, a_sf, b_sf.T, alpha, block_size=block, use_nvfp4=block == 16)
+    given = scale_layouts.unswizzle(b_sf, N, K // block, "128x4") if scale_layout == "linear" else b_sf
+    given = given.flatten() if scale_layout == "flat" else given
+    stored = swap_nibbles(b) if nibble_order == "high_first" else b
+    form = "linear" if scale_layout == "linear" else "128x4"
+    weight = prepare_fp4_weight(stored, given, layout, nibble_order, form, block_size=block)
+    assert_same_bytes(weight.mm(a, a_sf, alpha).contiguous(), wanted)
+    if layout == "trtllm":
+        assert weight.weight.shape[0] == weight.scale.shape[0] == 128 and weight.scale.shape[1] % 4 == 0
+        plain = unshuffle_matrix_a(weight.weight)
+        assert_same_bytes(plain[:N, : K // 2].contiguous(), b)
+        assert not plain[N:].any() and not plain[:, K // 2 :].any()
+        scales = unshuffle_matrix_sf_a(weight.scale, *weight.scale.shape)
+        linear = scale_layouts.unswizzle(b_sf, N, K // block, "128x4")
+        assert_same_bytes(scales[:N, : K // block].contiguous(), linear)
+        assert not scales[N:].any() and not scales[:, K // block :].any()
+
+
+@pytest.mark.parametrize("layout", ["plain", "trtllm"])
+@pytest.mark.parametrize("eight", [False, True])
+def test_mxfp8(layout, eight):
+    a, a_sf = mxfp8_quantize(values(M, M, K), sf_swizzle_layout=1 if eight else 0)
+    b, b_sf = mxfp8_quantize(values(N, N, K))
+    weight = prepare_fp4_weight(b, b_sf, layout, scale_layout="128x4")
+    wanted = mm_mxfp8(a, b.T, a_sf, b_sf, use_8x4_sf_layout=eight)
+    assert_same_bytes(weight.mm(a, a_sf, use_8x4_sf_layout=eight).contiguous(), wanted)
+    with pytest.raises(ValueError, match="alpha is given; allowed: None"):
+        weight.mm(a, a_sf, torch.ones(1))
+
+
+def test_rebinding_leaves_one_copy():
+    module = nn.Module()
+    b, b_sf = quantized(N, K, 16, swizzled=False)
+    module.weight, module.scale = nn.Parameter(b, requires_grad=False), nn.Parameter(b_sf, requires_grad=False)
+    old = module.weight.untyped_storage()
+    weight = prepare_fp4_weight(module.weight, module.scale, rebind=True)
+    assert isinstance(module.weight, nn.Parameter) and module.weight.shape == weight.weight.shape == (128, 96)
+    assert module.weight.data_ptr() == weight.weight.data_ptr() != old.data_ptr()
+    assert module.scale.data_ptr() == weight.scale.data_ptr()
+    assert set(module.state_dict()) == {"weight", "scale"}
+
+
+def test_without_rebinding_the_checkpoint_stays():
+    b, b_sf = quantized(N, K, 16, swizzled=False)
+    before = b.clone(), b_sf.clone()
+    prepare_fp4_weight(b, b_sf, nibble_order="high_first")
+    assert_same_bytes(b, before[0])
+    assert_same_bytes(b_sf, before[1])
+
+
+def test_one_graph_for_any_number_of_rows(fresh_dynamo):
+    b, b_sf = quantized(N, K, 16, swizzled=False)
+    weight = prepare_fp4_weight(b, b_sf)
+
+    def linear(x):
+        return weight.mm(*torch.ops.fp4.fp4_quantize(x, SCALE), SCALE)
+
+    compiled = torch.compile(linear, fullgraph=True, backend="aot_eager")
+    for m in (2, 9, 130):
+        x = values(m, m, K)
+        torch._dynamo.decorators.mark_unbacked(x, 0)
+        assert_same_bytes(compiled(x).contiguous(), linear(values(m, m, K)).contiguous())
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_a_backend_that_reads_plain_weights_refuses_a_shuffled_one():
+    (a, a_sf), (b, b_sf) = quantized(M, K, 16), quantized(N, K, 16, swizzled=False)
+    weight = prepare_fp4_weight(b, b_sf)
+    with pytest.raises(BackendUnavailable, match="'triton'.*plain weights, not b_layout='trtllm'"):
+        weight.mm(a, a_sf, SCALE, backend="triton")
+
+
+GOOD = dict(zip(("weight", "scale"), quantized(N, K, 16, swizzled=False), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layout": "cutlass"}, "layout is 'cutlass'; allowed: 'plain' or 'trtllm'"),
+        ({"nibble_order": "guess"}, "nibble_order is 'guess'; allowed: 'low_first' or 'high_first'"),
+        ({"scale_layout": "8x4"}, "scale_layout is '8x4'; allowed: 'linear' or '128x4'"),
+        ({"scale_layout": "128x4"}, r"scale is \(40, 10\); allowed: \(128, 12\) \(128x4\)"),
+        ({"weight": GOOD["weight"].int()}, "weight is torch.int32; allowed: uint8"),
+        ({"weight": GOOD["weight"][0]}, r"weight is \(80,\); allowed: two dimensions"),
+        ({"weight": GOOD["weight"][:, :3]}, "weight is 'of K = 6'; allowed: K a multiple of 16"),
+        ({"scale": GOOD["scale"].float()}, "scale is torch.float32; allowed: a 1-byte dtype"),
+        ({"scale": GOOD["scale"].to("meta")}, "scale is device.*meta.*; allowed: cpu, where weight is"),
+        ({"block_size": 64}, r"block_size is 64; allowed: 16 \(NVFP4\) or 32"),
+    ],
+)
+def test_rejections(change, message):
+    with pytest.raises(ValueError, match=f"prepare_fp4_weight: {message}"):
+        prepare_fp4_weight(**{**GOOD, **change})
+
+
+def test_a_shuffled_weight_without_padding_is_refused_by_the_op():
+    a, a_sf = quantized(M, K, 16)
+    b, b_sf = quantized(N, K, 16)
+    with pytest.raises(ValueError, match="b is of n = 40 with b_layout='trtllm'; allowed: n a multiple of 128"):
+        torch.ops.fp4.mm_fp4(a, b.T, a_sf, b_sf.T, SCALE, b_layout="trtllm")
+    with pytest.raises(ValueError, match="b_layout is 'nz'; allowed: 'plain' or 'trtllm'"):
+        torch.ops.fp4.mm_fp4(a, b.T, a_sf, b_sf.T, SCALE, b_layout="nz")
