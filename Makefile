@@ -4,6 +4,9 @@ VENV ?= .venv
 JOBS ?= 2
 ARGS ?=
 
+# A second environment, with the oldest FlashInfer.
+OLDEST ?= .venv-oldest-flashinfer
+
 # Where pip takes torch from; empty is pip's own configuration. PyTorch's index of CPU wheels saves gigabytes of CUDA
 # packages where pip would take those.
 TORCH_INDEX ?=
@@ -18,11 +21,11 @@ with  = $(addprefix $(VENV)/.with-,$(1))
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint typecheck bench clean own-torch
+.PHONY: help demo test test-oldest-flashinfer lint typecheck bench clean own-torch
 .NOTPARALLEL:  # one pip at a time
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-22s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo
 	@echo "Settings:"
 	@echo "  PYTHON=...       use this interpreter as it is (it has its own torch, e.g. a CUDA build): nothing is installed"
@@ -36,6 +39,9 @@ demo: $(call with,demo)  ## quantize a real model and show what changes
 
 test: $(call with,test demo bench)  ## all tests that this machine can run
 	$(PY) -m pytest $(if $(filter-out 1,$(JOBS)),-n $(JOBS)) $(ARGS)
+
+test-oldest-flashinfer: $(OLDEST)/.done  ## the FlashInfer adapters against the oldest version that they support
+	$(OLDEST)/bin/python -m pytest tests/ops/test_flashinfer.py $(ARGS)
 
 lint: $(call with,dev)  ## style and format, nothing is changed
 	$(PY) -m ruff check
@@ -61,6 +67,16 @@ $(VENV)/.torch: constraints.txt
 
 $(VENV)/.with-%: $(VENV)/.torch pyproject.toml
 	$(PIP_INSTALL) -e '.[$*]'
+	touch $@
+
+# Without CuTe DSL: FlashInfer before 0.7 can't be imported beside it where there is no GPU.
+$(OLDEST)/.done: constraints.txt
+	python3 -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt \
+		$(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	$(OLDEST)/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt \
+		pytest hypothesis numpy apache-tvm-ffi click einops ninja nvidia-ml-py packaging requests tabulate tqdm
+	$(OLDEST)/bin/python -m pip install -qq --disable-pip-version-check --no-deps flashinfer-python==0.6.11
 	touch $@
 
 own-torch:

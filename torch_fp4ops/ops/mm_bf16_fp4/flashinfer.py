@@ -34,7 +34,7 @@ KERNELS = {
 def pick(capability: int, call: Call | None) -> str:
     """The kernel whose weights need the least preparing."""
     if capability >= 120:
-        return "cute-dsl-native"
+        return "cute-dsl-native" if (_flashinfer.version() or ()) >= (0, 7) else "cute-dsl"
     return "cudnn" if capability == 110 else "cute-dsl"
 
 
