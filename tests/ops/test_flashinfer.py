@@ -128,7 +128,7 @@ def moe_by_meaning(given: dict[str, Any]) -> torch.Tensor:
     assert given["token_selected_experts"].dtype == torch.int32
     for i, t in enumerate(given["quant_scales"]):
         if t.dtype != torch.int32:  # a factor: without a dimension only where it is an activation's
-            assert t.dim() == 1 or (i in (0, 3) and not eight_bit)
+            assert t.dim() == 1 or (i in ((2,) if four_bit else (0, 3)) and not eight_bit)
     for bias in ("fc1_expert_biases", "fc2_expert_biases"):
         assert given[bias] is None or given[bias].dtype == given["output_dtype"]
     given["activation_type"] = int(given["activation_type"])

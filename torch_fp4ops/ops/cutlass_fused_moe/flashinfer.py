@@ -1,4 +1,4 @@
-"""cutlass_fused_moe by FlashInfer: W4A16 MXFP4 on compute capability 9.0, W4A4 NVFP4 and MXFP4 x MXFP8 from 10.0 on.
+"""cutlass_fused_moe by FlashInfer: W4A16 and W4A8 MXFP4 on 9.0, W4A4 NVFP4 and MXFP4 x MXFP8 from 10.0 on.
 
 Tactics are FlashInfer's default ones; see the known defects for why.
 """
@@ -37,14 +37,16 @@ def _unsupported(call: Call, name: str) -> str | None:
     mode, capability = _mode(call), _flashinfer.capability_of(call.device)
     if mode.flashinfer_layout is None or mode.weights is None:
         return f"FlashInfer has no kernel for mode {mode.name}, or none that is connected here"
-    if (mode is _modes.W4A16_MXFP4) is not (capability == 90):
+    if (mode.activations is None) is not (capability == 90):
         return f"FlashInfer's {mode.name} is for compute capability {'9.0' if mode.activations is None else '10.0 on'}"
+    if mode is _modes.W4A8_MXFP4 and not _flashinfer.accepted("cutlass_fused_moe", use_wfp4afp8_humming=True):
+        return "this version of FlashInfer has no W4A8 MXFP4 (use_wfp4afp8_humming)"
     if _modes.resolve_layout(mode, call.weight_layout) != mode.flashinfer_layout:
         return f"FlashInfer reads weight_layout {mode.flashinfer_layout!r} in mode {mode.name}"
     if not call.input.numel():
         return "FlashInfer's kernels need a row"
     if mode.activations is None and (call.input.dtype, call.output_dtype) != (torch.bfloat16, torch.bfloat16):
-        return "FlashInfer's W4A16 takes and gives bfloat16"
+        return "FlashInfer's W4A16 and W4A8 take and give bfloat16"
     if call.input.dtype == torch.float32 or call.output_dtype == torch.float32:
         return "FlashInfer takes and gives bfloat16 and float16, not float32"
     if mode.activations is MXFP8 and call.input_sf is None:
@@ -93,6 +95,7 @@ def cutlass_fused_moe_flashinfer(
     *,
     use_w4_group_scaling: bool = False,
     use_mxfp8_act_scaling: bool = False,
+    use_wfp4afp8_humming: bool = False,
     activation_type: int = 3,
     swizzled_input_sf: bool = True,
     weight_layout: str = "flashinfer",
@@ -126,7 +129,9 @@ def cutlass_fused_moe_flashinfer(
         activation_type=_activations()[_modes.ACTIVATIONS[activation_type].name],
         swizzled_input_sf=swizzled_input_sf,
         # Sums a token's experts in a fixed order, in fp32; the fused way adds rounded parts in any order.
-        **_flashinfer.accepted("cutlass_fused_moe", use_fused_finalize=False),
+        **_flashinfer.accepted(
+            "cutlass_fused_moe", use_fused_finalize=False, use_wfp4afp8_humming=use_wfp4afp8_humming
+        ),
     )
     return out
 
