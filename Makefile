@@ -54,7 +54,7 @@ bench: $(call with,bench)  ## benchmarks; needs a GPU to mean anything
 	$(PY) -m torch_fp4ops bench $(ARGS)
 
 clean:  ## remove the virtual environment, caches and builds
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch goes in first and alone: see constraints.txt.

@@ -17,7 +17,7 @@ ROOT = Path(torch_fp4ops.__file__).parent
 LAYERS = (
     {"formats", "codecs", "block_quantization", "scale_layouts", "weight_layouts", "prepared_weights", "contracts"},
     {"registry", "selection"},
-    {"ops", "testing", "probe"},
+    {"ops", "testing", "probe", "extern"},
     {"nn", "kv_cache", "cuda_graphs"},
     {"demo", "check", "benchmarks"},
     {"cli", "__main__"},

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from . import ops as _ops  # noqa: F401  (registers the operators)
+from .extern import register_extern
 from .formats import MXFP4, MXFP8, NVFP4, BlockFormat
 from .prepared_weights import PreparedWeight, prepare_fp4_weight
 from .registry import OPS, Op
@@ -24,6 +25,7 @@ __all__ = [
     "PreparedWeight",
     "explain",
     "prepare_fp4_weight",
+    "register_extern",
     "set_backend",
     *OPS,
 ]
