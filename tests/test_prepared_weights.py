@@ -6,7 +6,17 @@ import pytest
 import torch
 from torch import nn
 
-from torch_fp4ops import BackendUnavailable, mm_fp4, mm_mxfp8, prepare_fp4_weight, scale_layouts
+from torch_fp4ops import (
+    BackendUnavailable,
+    cutlass_fused_moe,
+    mm_fp4,
+    mm_mxfp8,
+    prepare_fp4_weight,
+    prepare_sm90_moe_weights,
+    scale_layouts,
+)
+from torch_fp4ops.block_quantization import quantize_mx
+from torch_fp4ops.formats import MXFP4
 from torch_fp4ops.ops.fp4_quantize import fp4_quantize
 from torch_fp4ops.ops.mxfp8_quantize import mxfp8_quantize
 from torch_fp4ops.testing import assert_same_bytes
@@ -133,3 +143,54 @@ def test_a_shuffled_weight_without_padding_is_refused_by_the_op():
         torch.ops.fp4.mm_fp4(a, b.T, a_sf, b_sf.T, SCALE, b_layout="trtllm")
     with pytest.raises(ValueError, match="b_layout is 'nz'; allowed: 'plain' or 'trtllm'"):
         torch.ops.fp4.mm_fp4(a, b.T, a_sf, b_sf.T, SCALE, b_layout="nz")
+
+
+# Experts for compute capability 9.0
+
+
+def moe_pieces(hidden=160, inter=96, experts=3):
+    """Linear MXFP4 experts of sizes that no tile divides, with biases."""
+    fc1, fc2 = values(1, experts, 2 * inter, hidden, scale=0.1), values(2, experts, hidden, inter, scale=0.1)
+    pieces = [*quantize_mx(fc1.float(), MXFP4), *quantize_mx(fc2.float(), MXFP4)]
+    return [*pieces, values(3, experts, 2 * inter), values(4, experts, hidden)]
+
+
+@pytest.mark.parametrize("biases", [False, True])
+def test_padded_and_interleaved_experts_give_the_unpadded_result(biases):
+    pieces = moe_pieces()
+    if not biases:
+        pieces[4:] = None, None
+    x, ids, scales = values(0, 7, 160), torch.tensor([[0, 2]] * 7), torch.tensor([[0.25, 0.75]] * 7)
+    swiglu = {
+        "swiglu_alpha": torch.full((3,), 1.702),
+        "swiglu_beta": torch.ones(3),
+        "swiglu_limit": torch.full((3,), 2.0),
+    }
+    group = {"use_w4_group_scaling": True, "backend": "reference", **swiglu}
+    linear = cutlass_fused_moe(
+        x, ids, scales, pieces[0], pieces[2], torch.float32, [pieces[1], pieces[3]], *pieces[4:],
+        weight_layout="linear", **group,
+    )  # fmt: skip
+    new = prepare_sm90_moe_weights(*pieces)
+    assert new.fc1_expert_weights.shape == (3, 256, 128) and new.fc2_expert_weights.shape == (3, 256, 64)
+    padded = torch.nn.functional.pad(x, (0, 96))
+    out = cutlass_fused_moe(padded, ids, scales, *new[:2], torch.float32, *new[2:], **group)
+    torch.testing.assert_close(out[:, :160], linear, rtol=1e-5, atol=1e-5)
+    assert not out[:, 160:].any()
+
+
+@pytest.mark.parametrize(
+    ("position", "change", "message"),
+    [
+        (0, lambda t: t.int(), "fc1 is torch.int32; allowed: torch.uint8"),
+        (0, lambda t: t[:, 1:], r"fc1 is of shape \(3, 191, 80\); allowed: \(3, 192, 80\)"),
+        (3, lambda t: t[..., :1], r"fc2_scale is of shape \(3, 160, 1\); allowed: \(3, 160, 3\)"),
+        (2, lambda t: t[0], r"fc1 is of shape .*by the shape of fc2"),
+        (4, lambda t: t[:, 1:], r"fc1_bias is of shape \(3, 191\)"),
+    ],
+)
+def test_sm90_rejections(position, change, message):
+    pieces = moe_pieces()
+    pieces[position] = change(pieces[position])
+    with pytest.raises(ValueError, match=f"prepare_sm90_moe_weights: {message}"):
+        prepare_sm90_moe_weights(*pieces)

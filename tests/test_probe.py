@@ -20,8 +20,8 @@ def foreign(monkeypatch):
     """Adds backends to an op for one test; nothing that was found out about them stays."""
 
     def add(op: Op, run, name: str = "foreign", unsupported=lambda call: None, **trust):
+        op.backend_names()  # loads the op's own first, or they would go with the copy
         monkeypatch.setattr(op, "_backends", dict(op._backends))
-        op.backend_names()  # load the op's own first
         adapter = _with_signature_of(op, run)
         op.backend(name, unsupported=unsupported, trust=Probed(**trust))(adapter)
         return op

@@ -7,6 +7,7 @@ result carries its layout, and the op refuses a backend that can't read it.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,14 +15,22 @@ from torch import Tensor
 
 from . import scale_layouts
 from .codecs import as_bytes
-from .weight_layouts import GEMM_LAYOUTS, shuffle_matrix_a, shuffle_matrix_sf_a, swap_nibbles
+from .weight_layouts import (
+    GEMM_LAYOUTS,
+    interleave_moe_scales_for_sm90_mixed_gemm,
+    interleave_moe_weights_for_sm90_mixed_gemm,
+    shuffle_matrix_a,
+    shuffle_matrix_sf_a,
+    swap_nibbles,
+)
 
-__all__ = ["PreparedWeight", "prepare_fp4_weight"]
+__all__ = ["PreparedWeight", "SM90MoEWeights", "prepare_fp4_weight", "prepare_sm90_moe_weights"]
 
 NIBBLE_ORDERS = ("low_first", "high_first")
 SCALE_LAYOUTS = (scale_layouts.LINEAR, scale_layouts.SWIZZLED_128X4)
 _SHUFFLED_ROWS = 128
 _SCALE_COLUMNS = 4
+_ONE_AS_UE8M0 = 127
 
 
 @dataclass(frozen=True)
@@ -180,3 +189,79 @@ def _require(condition: bool, argument: str, given: object, allowed: object) -> 
         if isinstance(allowed, tuple):
             allowed = " or ".join(map(repr, allowed))
         raise ValueError(f"prepare_fp4_weight: {argument} is {given!r}; allowed: {allowed}")
+
+
+class SM90MoEWeights(NamedTuple):
+    """Arguments of :func:`cutlass_fused_moe` in W4A16 on compute capability 9.0; sizes are padded."""
+
+    fc1_expert_weights: Tensor
+    fc2_expert_weights: Tensor
+    quant_scales: list[Tensor]
+    fc1_expert_biases: Tensor | None
+    fc2_expert_biases: Tensor | None
+
+
+def prepare_sm90_moe_weights(
+    fc1: Tensor,
+    fc1_scale: Tensor,
+    fc2: Tensor,
+    fc2_scale: Tensor,
+    fc1_bias: Tensor | None = None,
+    fc2_bias: Tensor | None = None,
+) -> SM90MoEWeights:
+    """Pad MXFP4 experts to multiples of 128 and interleave them for the SM90 mixed-input GEMM.
+
+    The input of the op is then ``[tokens, H']``, padded with zeros, and of its output the first H columns count.
+    Padding adds nothing: payload and biases are zero, and a scale that multiplies zeros is 1.
+
+    Args:
+        fc1: uint8 ``[E, 2 * I, H/2]``, the up rows before the gate rows (see ``weight_layouts.reorder_gate_up``).
+        fc1_scale: uint8 UE8M0 ``[E, 2 * I, H/32]``.
+        fc2, fc2_scale: uint8 ``[E, H, I/2]`` and ``[E, H, I/32]``.
+        fc1_bias, fc2_bias: float ``[E, 2 * I]`` and ``[E, H]``, or None.
+
+    Returns:
+        A :class:`SM90MoEWeights` for ``cutlass_fused_moe(..., use_w4_group_scaling=True)``.
+
+    Raises:
+        ValueError: a dtype or shape that does not fit the others.
+
+    Source: what FlashInfer's ``cutlass_fused_moe`` expects on SM90, by its ``interleave_moe_*_for_sm90_mixed_gemm``.
+    """
+    experts, hidden, packed_inter = fc2.shape if fc2.dim() == 3 else (0, 0, 0)
+    inter = packed_inter * 2
+    shapes = {
+        "fc1": (experts, 2 * inter, hidden // 2),
+        "fc1_scale": (experts, 2 * inter, hidden // 32),
+        "fc2": (experts, hidden, inter // 2),
+        "fc2_scale": (experts, hidden, inter // 32),
+        "fc1_bias": (experts, 2 * inter),
+        "fc2_bias": (experts, hidden),
+    }
+    for name, t in zip(shapes, (fc1, fc1_scale, fc2, fc2_scale, fc1_bias, fc2_bias), strict=True):
+        if t is None:
+            continue
+        if not name.endswith("bias") and t.dtype != torch.uint8:
+            raise ValueError(f"prepare_sm90_moe_weights: {name} is {t.dtype}; allowed: torch.uint8")
+        if experts == 0 or hidden % 32 or inter % 32 or tuple(t.shape) != shapes[name]:
+            allowed = f"{shapes[name]} by the shape of fc2, H and I multiples of 32"
+            raise ValueError(f"prepare_sm90_moe_weights: {name} is of shape {tuple(t.shape)}; allowed: {allowed}")
+    more_h, more_i = (scale_layouts.round_up(size, _SHUFFLED_ROWS) - size for size in (hidden, inter))
+
+    def halves(t: Tensor, value: int = 0) -> Tensor:
+        """Pad the up rows and the gate rows, each for itself; they are the second dimension."""
+        padding = (0,) * (2 * (t.dim() - 2)) + (0, more_i)
+        return F.pad(t.unflatten(1, (2, inter)), padding, value=value).flatten(1, 2)
+
+    payload = halves(F.pad(fc1, (0, more_h // 2))), F.pad(fc2, (0, more_i // 2, 0, more_h))
+    scales = (
+        halves(F.pad(fc1_scale, (0, more_h // 32), value=_ONE_AS_UE8M0), _ONE_AS_UE8M0),
+        F.pad(fc2_scale, (0, more_i // 32, 0, more_h), value=_ONE_AS_UE8M0),
+    )
+    return SM90MoEWeights(
+        interleave_moe_weights_for_sm90_mixed_gemm(payload[0]),
+        interleave_moe_weights_for_sm90_mixed_gemm(payload[1]),
+        [interleave_moe_scales_for_sm90_mixed_gemm(s) for s in scales],
+        None if fc1_bias is None else halves(fc1_bias),
+        None if fc2_bias is None else F.pad(fc2_bias, (0, more_h)),
+    )

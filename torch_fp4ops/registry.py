@@ -255,8 +255,13 @@ class Op:
         )
 
     def why_not(self, name: str, call: Call) -> str | None:
-        """Why the backend can't take the call, by its metadata; None if it can. Launches nothing."""
-        return self.find_backend(name, "auto").unsupported(call)
+        """Why the backend can't take the call here and now, None if it can. Launches nothing: a foreign backend that
+        was not probed yet counts as right, one that would have to be compiled first can't."""
+        backend = self.find_backend(name, "auto")
+        reason = backend.unsupported(call)
+        if reason is None and backend.trust is not None:
+            reason = backend.trust.why_not(self, backend.name, call, named=False, launch=False)
+        return reason
 
     def run_backend(self, name: str, *args: Any, **kwargs: Any) -> Any:
         """Run one backend past selection, with the op's validation: for tests and benchmarks."""

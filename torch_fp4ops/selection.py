@@ -214,10 +214,7 @@ def explain(op: Op | str, *args: Any, **kwargs: Any) -> str:
     for name in op.backend_names():
         if name == chosen:
             continue
-        backend = op.find_backend(name, "explain")
-        reason = backend.unsupported(call)
-        if reason is None and backend.trust is not None:
-            reason = backend.trust.why_not(op, name, call, named=False, launch=False)
+        reason = op.why_not(name, call)
         lines.append(f"  {name}: {'can take it, not preferred here' if reason is None else reason}")
     for row in op.preferences_on(call.device):
         lines.append(f"  preference: {row.backend}, because {row.because}")

@@ -56,7 +56,7 @@ def _unsupported(call: Call, name: str) -> str | None:
     hidden, inter = call.fc2_expert_weights.shape[1], _inter(call)
     multiple = 64 if mode is _modes.W4A4_NVFP4 else 128
     if hidden % multiple or inter % multiple:
-        return f"FlashInfer's {mode.name} needs hidden and inter in multiples of {multiple}: pad with zeros"
+        return f"FlashInfer's {mode.name} needs hidden and inter in multiples of {multiple}"
     return None
 
 
