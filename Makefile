@@ -6,6 +6,9 @@ NEWEST_TRITON ?= 3.9.0
 NEWEST := $(VENV)/triton-$(NEWEST_TRITON)
 ARGS ?=
 
+# A second environment, with the oldest FlashInfer.
+OLDEST ?= .venv-oldest-flashinfer
+
 # Where pip takes torch from; empty is pip's own configuration. PyTorch's index of CPU wheels saves gigabytes of CUDA
 # packages where pip would take those.
 TORCH_INDEX ?=
@@ -20,11 +23,11 @@ with  = $(addprefix $(VENV)/.with-,$(1))
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test offline offline-newest lint typecheck bench clean own-torch
+.PHONY: help demo test test-oldest-flashinfer offline offline-newest lint typecheck bench clean own-torch
 .NOTPARALLEL:  # one pip at a time
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-22s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo
 	@echo "Settings:"
 	@echo "  PYTHON=...       use this interpreter as it is (it has its own torch, e.g. a CUDA build): nothing is installed"
@@ -38,6 +41,9 @@ demo: $(call with,demo)  ## quantize a real model and show what changes
 
 test: $(call with,test demo bench)  ## all tests that this machine can run
 	$(PY) -m pytest $(if $(filter-out 1,$(JOBS)),-n $(JOBS)) $(ARGS)
+
+test-oldest-flashinfer: $(OLDEST)/.done  ## the FlashInfer adapters against the oldest version that they support
+	$(OLDEST)/bin/python -m pytest tests/ops/test_flashinfer.py $(ARGS)
 
 offline: $(call with,test)  ## compile every Triton kernel for every target, without a GPU, and print a table
 	$(PY) compile_tests/offline.py $(ARGS)
@@ -60,7 +66,7 @@ bench: $(call with,bench)  ## benchmarks; needs a GPU to mean anything
 	$(PY) -m torch_fp4ops bench $(ARGS)
 
 clean:  ## remove the virtual environment, caches and builds
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch goes in first and alone: see constraints.txt.
@@ -73,6 +79,16 @@ $(VENV)/.torch: constraints.txt
 
 $(VENV)/.with-%: $(VENV)/.torch pyproject.toml
 	$(PIP_INSTALL) -e '.[$*]'
+	touch $@
+
+# Without CuTe DSL: FlashInfer before 0.7 can't be imported beside it where there is no GPU.
+$(OLDEST)/.done: constraints.txt
+	python3 -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt \
+		$(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	$(OLDEST)/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt \
+		pytest hypothesis numpy apache-tvm-ffi click einops ninja nvidia-ml-py packaging requests tabulate tqdm
+	$(OLDEST)/bin/python -m pip install -qq --disable-pip-version-check --no-deps flashinfer-python==0.6.11
 	touch $@
 
 own-torch:

@@ -36,6 +36,15 @@ def test_explain_with_and_without_sizes(name, capsys):
     assert f"{name} on cpu: " in capsys.readouterr().out
 
 
+def test_explain_without_an_op_goes_through_all(capsys, monkeypatch):
+    monkeypatch.setattr(cli, "OPS", {name: OPS[name] for name in ("fp4_dequantize", "nvfp4_kv_quantize")})
+    assert cli.main(["explain", "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    for name in ("fp4_dequantize", "nvfp4_kv_quantize"):
+        assert f"{name} on cpu: reference" in out
+    assert "flashinfer: FlashInfer's kernels run on NVIDIA GPUs" in out
+
+
 def test_explain_names_what_is_wrong(capsys):
     assert cli.main(["explain", "mm_fp4", "4", "8", "40", "--device", "cpu"]) == 1
     assert "K = 40; allowed: K a multiple of 16" in capsys.readouterr().err
@@ -68,6 +77,7 @@ def test_check_fails_when_a_backend_is_wrong(capsys, monkeypatch):
     def broken(*args, **kwargs):
         raise RuntimeError("launch failed")
 
+    op.backend_names()  # loads the op's own first, or they would go with the copy
     monkeypatch.setattr(op, "_backends", dict(op._backends))
     op._backends["wrong"] = Backend("wrong", wrong, lambda call: None)
     op._backends["broken"] = Backend("broken", broken, lambda call: "rank" if call.input.dim() > 2 else None)

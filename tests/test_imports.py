@@ -15,9 +15,18 @@ ROOT = Path(torch_fp4ops.__file__).parent
 
 # A module may import from its own layer and those before it.
 LAYERS = (
-    {"formats", "codecs", "block_quantization", "scale_layouts", "weight_layouts", "contracts", "capture"},
+    {
+        "formats",
+        "codecs",
+        "block_quantization",
+        "scale_layouts",
+        "weight_layouts",
+        "prepared_weights",
+        "contracts",
+        "capture",
+    },
     {"registry", "selection"},
-    {"ops", "testing"},
+    {"ops", "testing", "probe", "extern"},
     {"nn", "kv_cache", "cuda_graphs", "compile_passes"},
     {"demo", "check", "benchmarks"},
     {"cli", "__main__"},

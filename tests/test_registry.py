@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import pickle
 import sys
 import types
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from torch_fp4ops.contracts import Call, Out
 from torch_fp4ops.registry import OPS, op
-from torch_fp4ops.selection import BackendUnavailable, Preference
+from torch_fp4ops.selection import BackendUnavailable, Preference, set_backend
 
 
 def _contract(call: Call) -> Out:
@@ -166,13 +167,26 @@ def test_backend_with_another_schema_or_a_taken_name_is_refused():
             scale.backend(name, unsupported=lambda call: None)(_late)
 
 
-def test_variants_reach_their_backend():
-    scale.backend("many", unsupported=lambda call: None, variants=("one", "two"))(_late)
+def test_one_function_as_several_backends():
+    """A foreign library's kernels: the function is told which of them was chosen, however it was."""
+
+    class Trusting:
+        def why_not(self, op, backend, call, *, named, launch):
+            return None
+
+    def named(x: Tensor, y: Tensor | None = None, times: int = 2, *, to_integer: bool = False, backend: str = "auto"):
+        return x.float() + (1 if backend == "one" else 2)
+
+    named.__annotations__ = inspect.get_annotations(_late, eval_str=True)
+    for name in ("one", "two"):
+        scale.backend(name, unsupported=lambda call: None, trust=Trusting())(named)
     try:
-        assert scale.find_backend("two", "test").name == "many"
-        assert scale(torch.ones(2, 2), backend="one")[0, 0] == 1002
+        assert scale(x, backend="one")[0, 0] == 2
+        assert scale(x, backend="flashinfer_two")[0, 0] == 3
+        with set_backend("two"):
+            assert scale(x)[0, 0] == 3
     finally:
-        del scale._backends["many"]
+        del scale._backends["one"], scale._backends["two"]
 
 
 def test_a_backend_that_cannot_be_imported_is_a_reason(tmp_path, monkeypatch):

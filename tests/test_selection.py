@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+import warnings
 
 import pytest
 import torch
@@ -137,6 +138,24 @@ def test_parse_overrides(text, overrides):
 def test_parse_overrides_rejects_half_an_entry(text):
     with pytest.raises(ValueError, match="TORCH_FP4OPS_BACKEND.*is not of the form"):
         parse_overrides(text)
+
+
+def test_an_unknown_backend_in_the_environment_warns_and_counts_as_auto(environment, monkeypatch):
+    monkeypatch.setattr(selection, "_warned", set())
+    environment("_test_pick=trtlmm")
+    with pytest.warns(UserWarning, match=r"_test_pick: backend is 'trtlmm' \(TORCH_FP4OPS_BACKEND\).*on with 'auto'"):
+        assert decide(10) == selection.Decision("big", {}, "auto")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # no second warning
+        assert decide(3).backend == "small"
+
+
+def test_rows_hold_from_a_compute_capability_on(monkeypatch):
+    row = Preference("big", "cuda", "new hardware", (10, 0))
+    for capability, holds in (((9, 0), False), ((10, 0), True), ((12, 1), True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
+        assert row.holds_on(torch.device("cuda", 0)) is holds
+    assert not row.holds_on(torch.device("cpu"))
 
 
 def test_environment_is_read_at_import_and_an_unknown_op_warns():

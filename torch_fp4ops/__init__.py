@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from . import ops as _ops  # noqa: F401  (registers the operators)
+from .extern import register_extern
 from .formats import MXFP4, MXFP8, NVFP4, BlockFormat
+from .prepared_weights import PreparedWeight, prepare_fp4_weight, prepare_sm90_moe_weights
 from .registry import OPS, Op
 from .selection import BackendUnavailable, Decision, explain, read_environment, set_backend
 
@@ -20,7 +22,11 @@ __all__ = [
     "BlockFormat",
     "Decision",
     "Op",
+    "PreparedWeight",
     "explain",
+    "prepare_fp4_weight",
+    "prepare_sm90_moe_weights",
+    "register_extern",
     "set_backend",
     *OPS,
 ]

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from . import __version__, check
-from .registry import OPS
+from .registry import OPS, Op
 from .selection import ENVIRONMENT_VARIABLE, explain
 
 
@@ -56,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="\n".join(["ops and their sizes:", *sizes]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    explaining.add_argument("op", choices=sorted(OPS), metavar="op")
+    explaining.add_argument("op", nargs="?", choices=sorted(OPS), metavar="op", help="(default: every op)")
     explaining.add_argument("shape", nargs="*", type=int, help="sizes in the order given below (default: typical ones)")
     explaining.add_argument("--backend", default="auto", help="the backend= of the call (default: auto)")
     explaining.add_argument("--device", choices=check.devices(), default=check.devices()[-1])
@@ -103,7 +103,11 @@ def _environment_text() -> str:
 
 
 def _explain(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    op = OPS[options.op]
+    names = [options.op] if options.op else sorted(OPS)
+    return max(_explain_one(OPS[name], options, parser) for name in names)
+
+
+def _explain_one(op: Op, options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     sizes = _example_sizes(op.name)
     if len(options.shape) > len(sizes):
         parser.error(f"{op.name} has the sizes {', '.join(sizes)}")

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from .capture import FirstUseInCapture, recorder
 from .codecs import as_bytes
 from .contracts import Call, Out
-from .selection import Preference, choose
+from .selection import Preference, Trust, choose
 
 __all__ = ["OPS", "Backend", "Op", "op"]
 
@@ -39,12 +39,14 @@ Unsupported = Callable[[Call], "str | None"]
 @dataclass(frozen=True)
 class Backend:
     """An implementation of an op. ``unsupported`` says why it can't take a call (capability, never preference);
-    ``variants`` are further names under which ``backend=`` reaches it."""
+    ``trust`` decides whether a foreign library's code may run, and ``exact`` is False where it is not held to the
+    reference's very bytes."""
 
     name: str
     run: Callable[..., Any]
     unsupported: Unsupported
-    variants: tuple[str, ...] = ()
+    trust: Trust | None = None
+    exact: bool = True
 
 
 class Op:
@@ -68,10 +70,7 @@ class Op:
         self.schema = torch.library.infer_schema(function, mutates_args=tuple(mutates))
         self.contract = contract
         self.preferences = tuple(preferences)
-        self._preferences_on = {
-            kind: tuple(row for row in preferences if row.device_type == kind)
-            for kind in {row.device_type for row in preferences}
-        }
+        self._preferences_on: dict[torch.device, tuple[Preference, ...]] = {}
         self._check_values = check_values
         self._byte_arguments = frozenset(byte_arguments)
         self._backends = {"reference": Backend("reference", function, lambda call: None)}
@@ -215,9 +214,16 @@ class Op:
     # Backends
 
     def backend(
-        self, name: str, *, unsupported: Unsupported, variants: Sequence[str] = ()
+        self, name: str, *, unsupported: Unsupported, trust: Trust | None = None, exact: bool = True
     ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        """Register the decorated function as this op's backend ``name``.
+        """Register the decorated function as this op's backend ``name``. Decorators may be stacked: the function
+        sees which backend it runs as in its argument ``backend``.
+
+        Args:
+            name: what ``backend=`` and the environment call it.
+            unsupported: why it can't take a call, by metadata alone; None if it can.
+            trust: whether code that is not this package's may run; None for own code.
+            exact: whether quantised bytes must equal the reference's.
 
         Raises:
             TypeError: its schema or defaults differ from the op's.
@@ -228,11 +234,10 @@ class Op:
             schema = torch.library.infer_schema(function, mutates_args=self._mutates)
             if schema != self.schema:
                 raise TypeError(f"backend {name!r} of {self.name} has the schema {schema}; the op has {self.schema}")
-            taken = {n for b in self._backends.values() for n in (b.name, *b.variants)} | {"auto"}
-            for new in (name, *variants):
-                if new in taken:
-                    raise ValueError(f"{self.name} has a backend named {new!r} already")
-            self._backends[name] = Backend(name, function, unsupported, tuple(variants))
+            if name in self._backends or name == "auto":
+                raise ValueError(f"{self.name} has a backend named {name!r} already")
+            run = function if trust is None else _running_as(name, function)
+            self._backends[name] = Backend(name, run, unsupported, trust, exact)
             return function
 
         return register
@@ -257,34 +262,46 @@ class Op:
         return [*self._backends, *self.unimportable]
 
     def find_backend(self, name: str, asked_by: str) -> Backend:
-        """The backend with that name or variant, "auto" excepted. Raises ValueError if there is none."""
+        """The backend with that name, "auto" excepted; ``flashinfer_<name>`` is FlashInfer's <name>.
+
+        Raises ValueError if there is none.
+        """
         backend = self._backends.get(name)
         if backend is not None:
             return backend
         self._load_backends()
-        for backend in self._backends.values():
-            if name == backend.name or name in backend.variants:
-                return backend
+        backend = self._backends.get(name) or self._backends.get(_without_library(name))
+        if backend is not None:
+            return backend
         if name in self.unimportable:
             reason = self.unimportable[name]
             return Backend(name, _never_runs, lambda call: reason)
-        names = ["auto", *(n for b in self._backends.values() for n in (b.name, *b.variants))]
+        names = ["auto", *self._backends]
         raise ValueError(
             f"torch.ops.fp4.{self.name}: backend is {name!r} ({asked_by}); "
             f"allowed: {', '.join(map(repr, [*names, *self.unimportable]))}"
         )
 
     def why_not(self, name: str, call: Call) -> str | None:
-        """Why the backend can't take the call; None if it can."""
-        return self.find_backend(name, "auto").unsupported(call)
+        """Why the backend can't take the call here and now, None if it can. Launches nothing: a foreign backend that
+        was not probed yet counts as right, one that would have to be compiled first can't."""
+        backend = self.find_backend(name, "auto")
+        reason = backend.unsupported(call)
+        if reason is None and backend.trust is not None:
+            reason = backend.trust.why_not(self, backend.name, call, named=False, launch=False)
+        return reason
 
     def run_backend(self, name: str, *args: Any, **kwargs: Any) -> Any:
         """Run one backend past selection, with the op's validation: for tests and benchmarks."""
         self.check(*args, **kwargs)
         return self.find_backend(name, "run_backend").run(*args, **kwargs)
 
-    def preferences_on(self, device_type: str) -> tuple[Preference, ...]:
-        return self._preferences_on.get(device_type, ())
+    def preferences_on(self, device: torch.device) -> tuple[Preference, ...]:
+        """The preference rows that hold for a device, in order."""
+        rows = self._preferences_on.get(device)
+        if rows is None:
+            rows = self._preferences_on[device] = tuple(row for row in self.preferences if row.holds_on(device))
+        return rows
 
 
 def op(
@@ -346,6 +363,23 @@ def _warn_reference(op_name: str, reasons: str) -> None:
         warnings.warn(
             f"torch.ops.fp4.{op_name} runs its pure-PyTorch reference, which is slow. {reasons}", stacklevel=3
         )
+
+
+def _running_as(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function told which backend it runs as, however that was chosen."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        kwargs["backend"] = name
+        return function(*args, **kwargs)
+
+    return run
+
+
+def _without_library(name: str) -> str:
+    for prefix in ("flashinfer_", "flashinfer-"):
+        if name.startswith(prefix):
+            return name[len(prefix) :].replace("cute_dsl", "cute-dsl")
+    return "cute-dsl" if name == "cute_dsl" else name
 
 
 def _never_runs(*args: Any, **kwargs: Any) -> Any:

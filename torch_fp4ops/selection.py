@@ -2,7 +2,8 @@
 
 Order: the call's own ``backend=``, then ``with set_backend(...)``, then the environment variable
 ``TORCH_FP4OPS_BACKEND``, then the op's preference rows. A backend that was named and can't take the call raises
-with its reason; only ``"auto"`` falls through, and ends at the reference.
+with its reason; only ``"auto"`` falls through, and ends at the reference. A name in the environment that an op does not
+have gives a warning and counts as ``"auto"``: one variable serves ops with different backends.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
 
 from .capture import Decisions
 
@@ -22,7 +25,7 @@ if TYPE_CHECKING:
     from .contracts import Call
     from .registry import Op
 
-__all__ = ["BackendUnavailable", "Decision", "Preference", "choose", "set_backend"]
+__all__ = ["BackendUnavailable", "Decision", "Preference", "Trust", "choose", "set_backend"]
 
 ENVIRONMENT_VARIABLE = "TORCH_FP4OPS_BACKEND"
 
@@ -39,6 +42,26 @@ class Preference:
     device_type: str
     because: str
     """The measurement or the fact that the row rests on."""
+    capability: tuple[int, int] | None = None
+    """The oldest compute capability for which the row holds; None for every device of the type."""
+
+    def holds_on(self, device: torch.device) -> bool:
+        if device.type != self.device_type:
+            return False
+        if self.capability is None:
+            return True
+        return torch.version.hip is None and torch.cuda.get_device_capability(device) >= self.capability
+
+
+class Trust(Protocol):
+    """Whether a backend that is another library's code may run on a device."""
+
+    def why_not(self, op: Op, backend: str, call: Call, *, named: bool, launch: bool) -> str | None:
+        """Why it may not run, None if it may.
+
+        ``named``: asked for by name, so what takes long (compiling) may happen now. ``launch``: what is not known yet
+        may be found out by running the backend; otherwise it counts as right.
+        """
 
 
 @dataclass(frozen=True)
@@ -115,8 +138,11 @@ def _requested(op_name: str, call_backend: str) -> tuple[str, str]:
     return "auto", "auto"
 
 
-def choose(op: Op, call: Call) -> Decision:
+def choose(op: Op, call: Call, *, launch: bool = True) -> Decision:
     """Choose the backend of ``op`` that runs ``call``. Looks at shapes, dtypes and devices, never at data.
+
+    A foreign backend is probed before it is chosen for the first time, unless ``launch`` is False: then one that is
+    not known to be wrong counts as right.
 
     Raises:
         ValueError: the requested backend is none of this op's.
@@ -126,24 +152,46 @@ def choose(op: Op, call: Call) -> Decision:
         name = "auto"
     else:
         name, who = _requested(op.name, call.backend)
+    if name != "auto" and who == ENVIRONMENT_VARIABLE:
+        name = _known_or_auto(op, name)
     if name != "auto":
         backend = op.find_backend(name, who)
         reason = backend.unsupported(call)
+        if reason is None and backend.trust is not None:
+            reason = backend.trust.why_not(op, backend.name, call, named=True, launch=launch)
         if reason is not None:
             raise BackendUnavailable(
                 f"torch.ops.fp4.{op.name}: backend {name!r}, asked for by {who}, can't take this call: {reason}"
             )
         return Decision(backend.name, {}, who)
-    rows = op.preferences_on(call.device.type)
+    rows = op.preferences_on(call.device)
     if not rows:
         return _REFERENCE
     rejected: dict[str, str] = {}
     for row in rows:
-        reason = op.why_not(row.backend, call)
+        backend = op.find_backend(row.backend, "auto")
+        reason = backend.unsupported(call)
+        if reason is None and backend.trust is not None:
+            reason = backend.trust.why_not(op, row.backend, call, named=False, launch=launch)
         if reason is None:
             return Decision(row.backend, rejected)
         rejected[row.backend] = reason
     return Decision("reference", rejected)
+
+
+_warned: set[tuple[str, str]] = set()
+
+
+def _known_or_auto(op: Op, name: str) -> str:
+    """The environment's backend for an op, or "auto" with one warning where the op has none of that name."""
+    try:
+        op.find_backend(name, ENVIRONMENT_VARIABLE)
+    except ValueError as error:
+        if (op.name, name) not in _warned:
+            _warned.add((op.name, name))
+            warnings.warn(f"{error}. Going on with 'auto'.", stacklevel=5)
+        return "auto"
+    return name
 
 
 def explain(op: Op | str | Any, *args: Any, **kwargs: Any) -> str:
@@ -166,7 +214,7 @@ def explain(op: Op | str | Any, *args: Any, **kwargs: Any) -> str:
         op = OPS[op]
     call = op.check(*args, **kwargs)
     try:
-        decision = choose(op, call)
+        decision = choose(op, call, launch=False)
         chosen = decision.backend
         lines = [f"{op.name} on {call.device}: {chosen} (decided by {decision.decided_by})"]
     except (BackendUnavailable, ValueError) as error:
@@ -177,6 +225,6 @@ def explain(op: Op | str | Any, *args: Any, **kwargs: Any) -> str:
             continue
         reason = op.why_not(name, call)
         lines.append(f"  {name}: {'can take it, not preferred here' if reason is None else reason}")
-    for row in op.preferences_on(call.device.type):
+    for row in op.preferences_on(call.device):
         lines.append(f"  preference: {row.backend}, because {row.because}")
     return "\n".join(lines)

@@ -17,6 +17,9 @@ from torch import Tensor
 
 from torch_fp4ops import scale_layouts
 
+GEMM_LAYOUTS = ("plain", "trtllm")
+"""How a GEMM's weight is stored: rows in order, or shuffled with their scales as trtllm-gen's kernels read them."""
+
 # name -> (the part that comes first, whether the rows of the two parts alternate)
 _GATE_UP_ORDERS = {
     "up_gate": ("up", False),

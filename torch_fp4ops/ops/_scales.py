@@ -131,8 +131,3 @@ def require_transposed_scales(call: Call, argument: str, rows: int, cols: int) -
     padded_rows, padded_cols = scale_layouts.scale_shape(rows, cols, scale_layouts.SWIZZLED_128X4)
     call.require_shape(argument, (padded_cols, padded_rows), f" (128x4 scales of {rows} rows, transposed)")
     call.require_contiguous(argument, t.t(), "column-major: the .T view of a contiguous tensor")
-
-
-def unswizzle_transposed(scales: Tensor, rows: int, cols: int) -> Tensor:
-    plain = scales if scales.dim() == 1 else scales.T
-    return scale_layouts.unswizzle(plain, rows, cols, scale_layouts.SWIZZLED_128X4)

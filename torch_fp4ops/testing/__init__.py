@@ -6,7 +6,16 @@ assertions. Importing ``strategies`` needs Hypothesis.
 
 from __future__ import annotations
 
-from .numerics import assert_matmul_close, assert_same_bytes, matmul_bound
-from .samples import Sample, assert_right, samples
+from .numerics import assert_matmul_close, assert_nearly_same, assert_same_bytes, matmul_bound
+from .samples import Sample, assert_right, comparable, samples
 
-__all__ = ["Sample", "assert_matmul_close", "assert_right", "assert_same_bytes", "matmul_bound", "samples"]
+__all__ = [
+    "Sample",
+    "assert_matmul_close",
+    "assert_nearly_same",
+    "assert_right",
+    "assert_same_bytes",
+    "comparable",
+    "matmul_bound",
+    "samples",
+]

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..codecs import as_bytes
 
-__all__ = ["assert_matmul_close", "assert_same_bytes", "matmul_bound"]
+__all__ = ["assert_matmul_close", "assert_nearly_same", "assert_same_bytes", "matmul_bound"]
 
 
 def assert_same_bytes(given: Tensor, wanted: Tensor, what: str = "output") -> None:
@@ -32,6 +32,21 @@ def assert_same_bytes(given: Tensor, wanted: Tensor, what: str = "output") -> No
             f"{what}: {len(differ)} of {g.numel()} bytes differ; "
             f"the first is byte {first} of the flat output: {g[first]:#04x}, not {w[first]:#04x}"
         )
+
+
+def assert_nearly_same(given: Tensor, wanted: Tensor, what: str = "output") -> None:
+    """For code that is not held to the reference's roundings: equal shape and dtype, and at most 1% of the bytes of
+    codes differ, or the relative (Frobenius) error of floating-point values is at most 2%."""
+    for name in ("shape", "dtype"):
+        g, w = getattr(given, name), getattr(wanted, name)
+        assert g == w, f"{what}: {name} {g}, not {w}"
+    if given.dtype in (torch.float16, torch.bfloat16, torch.float32):
+        error = (given.double() - wanted.double()).norm()
+        assert error <= 0.02 * wanted.double().norm(), f"{what}: relative error {error / wanted.double().norm():.3g}"
+        return
+    codes, others = (as_bytes(t.reshape(-1).contiguous()).view(torch.uint8).cpu() for t in (given, wanted))
+    differ = int((codes != others).sum())
+    assert differ <= codes.numel() // 100, f"{what}: {differ} of {codes.numel()} bytes differ, more than 1%"
 
 
 def matmul_bound(a: Tensor, b: Tensor, alpha: Tensor | None, exact: Tensor, out_dtype: torch.dtype) -> Tensor:

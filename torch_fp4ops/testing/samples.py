@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..registry import Op
-from .numerics import assert_same_bytes
+from .numerics import assert_nearly_same, assert_same_bytes
 
-__all__ = ["Sample", "assert_right", "samples", "values"]
+__all__ = ["Sample", "assert_right", "comparable", "samples", "values"]
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,10 @@ def samples(op: Op, device: str | torch.device = "cpu") -> list[Sample]:
 def assert_right(op: Op, sample: Sample, backend: str) -> None:
     """Run a backend on a copy of the sample and check what it gives, or writes, against the reference on the CPU.
 
-    Where the op's samples module has an ``assert_close(out, *args, **kwargs)`` it decides (GEMMs: an error bound
-    against a float64 oracle); everything else must equal the reference byte for byte.
+    A backend that is not exact is held to :func:`assert_nearly_same`, and not asked about NaN and infinities: see
+    :func:`comparable`. For the others the ``assert_close(out, *args, **kwargs)`` of the op's samples module decides,
+    if it has one (GEMMs: an error bound against a float64 oracle); everything else must equal the reference byte for
+    byte.
 
     Raises AssertionError if the result is wrong, and whatever the op raises.
     """
@@ -55,7 +57,8 @@ def assert_right(op: Op, sample: Sample, backend: str) -> None:
     out = op.run_backend(backend, *given.args, **{**given.kwargs, "backend": backend})
     on_cpu = sample.map_tensors(_to_cpu)
     assert_close = getattr(_samples_module(op), "assert_close", None)
-    if assert_close is not None:
+    exact = op.find_backend(backend, "assert_right").exact
+    if assert_close is not None and exact:
         assert_close(_to_cpu(out), *on_cpu.args, **on_cpu.kwargs)
         return
     wanted = op.run_backend("reference", *on_cpu.args, **on_cpu.kwargs)
@@ -63,7 +66,15 @@ def assert_right(op: Op, sample: Sample, backend: str) -> None:
     results, references = tree_leaves((out, given.args)), tree_leaves((wanted, on_cpu.args))
     for i, (a, b) in enumerate(zip(results, references, strict=True)):
         if isinstance(a, Tensor):
-            assert_same_bytes(_to_cpu(a), b, f"tensor {i} of outputs and arguments")
+            what = f"tensor {i} of outputs and arguments"
+            (assert_same_bytes if exact else assert_nearly_same)(_to_cpu(a), b, what)
+
+
+def comparable(op: Op, sample: Sample, backend: str) -> bool:
+    """Whether the reference says what a backend should make of the sample: a backend that is not exact may have its
+    own way with NaN and infinities."""
+    floats = [t for t in tree_leaves((sample.args, sample.kwargs)) if isinstance(t, Tensor) and t.is_floating_point()]
+    return op.find_backend(backend, "comparable").exact or all(bool(t.float().isfinite().all()) for t in floats)
 
 
 def _to_cpu(t: Tensor) -> Tensor:

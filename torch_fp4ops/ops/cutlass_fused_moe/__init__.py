@@ -59,14 +59,17 @@ def _require_mode(call: Call) -> tuple[_modes.Mode, str]:
         "quant_scales",
         f"{len(call.quant_scales)} tensors for {dtype} weights, use_w4_group_scaling={flags[0]} and "
         f"use_mxfp8_act_scaling={flags[1]}",
-        "float weights: none; uint8 or int64 weights: 2 (W4A16 MXFP4) or 4 (W4A16 NVFP4) with "
+        "float weights: none; uint8 or int64 weights: 2 (W4A16 MXFP4), 4 (W4A16 NVFP4) or 5 (W4A8 MXFP4) with "
         "use_w4_group_scaling, 4 (MXFP4 x MXFP8) with use_mxfp8_act_scaling, 6 (W4A4 NVFP4) with neither",
     )
     assert mode is not None
+    humming = call.use_wfp4afp8_humming
+    allowed = f"{not humming} with {len(call.quant_scales)} quant_scales: 5 and True are the W4A8 mode"
+    call.require(humming is (mode is _modes.W4A8_MXFP4), "use_wfp4afp8_humming", humming, allowed)
     layout = _modes.resolve_layout(mode, given)
-    fits = layout is not None and (layout != "sm90_interleaved" or mode is _modes.W4A16_MXFP4)
-    allowed = "'linear' or '128x4'" if layout is None else "'sm90_interleaved' for W4A16 MXFP4 only"
-    call.require(fits, "weight_layout", f"{given!r} in mode {mode.name}", allowed)
+    possible = _modes.layouts_of(mode)
+    allowed = " or ".join(map(repr, possible))
+    call.require(layout in possible, "weight_layout", f"{given!r} in mode {mode.name}", allowed)
     assert layout is not None
     return mode, layout
 
@@ -95,7 +98,7 @@ def _require_quant_scales(
     assert mode.weights is not None
     block = mode.weights.block_size
     # The interleave works on tiles of 64 rows and 128 columns.
-    k_tile, row_tile = (128, 64) if layout == "sm90_interleaved" else (block, 1)
+    k_tile, row_tile = (128, 64) if layout in _modes.SM90_LAYOUTS else (block, 1)
     sizes = (("fc1_expert_weights", hidden, fc1_rows), ("fc2_expert_weights", inter, hidden))
     for name, k, rows in sizes:
         call.require(k % k_tile == 0, name, f"of K = {k}", f"K a multiple of {k_tile} ({mode.name}, {layout})")
@@ -141,7 +144,10 @@ def _check_values(call: Call) -> None:
             call.require(fine, f"quant_scales[{i}] ({name})", t.tolist(), "finite values above zero")
 
 
+# FlashInfer is asked from 10.0 on only, so that other GPUs never wait for its import.
+_BLACKWELL = "kernels made for the hardware's FP4 tensor cores; not measured by this project"
 _PREFERENCES = (
+    Preference("flashinfer", "cuda", _BLACKWELL, (10, 0)),
     Preference(
         "triton",
         "cuda",
@@ -178,6 +184,7 @@ def cutlass_fused_moe(
     *,
     use_w4_group_scaling: bool = False,
     use_mxfp8_act_scaling: bool = False,
+    use_wfp4afp8_humming: bool = False,
     activation_type: int = 3,
     swizzled_input_sf: bool = True,
     weight_layout: str = "flashinfer",
@@ -200,6 +207,9 @@ def cutlass_fused_moe(
     ====================  ==========================  ==========================================================
     bf16                  float                       none
     W4A16 MXFP4           uint8 or int64, packed      fc1, fc2 block scales; ``use_w4_group_scaling``
+    W4A8 MXFP4            uint8 or int64, packed      fc1 scale offsets, fc1 factor [E], fc2 activation scale (not
+                                                      read), fc2 the same two; ``use_w4_group_scaling`` and
+                                                      ``use_wfp4afp8_humming``
     W4A16 NVFP4           uint8 or int64, packed      fc1 block scales, fc1 decode scale [E], fc2 the same two;
                                                       ``use_w4_group_scaling`` (not in FlashInfer)
     W4A4 NVFP4            uint8 or int64, packed      fc1 activation encode scale (1 or [E]), fc1 block scales, fc1
@@ -207,6 +217,10 @@ def cutlass_fused_moe(
     MXFP4 x MXFP8         uint8 or int64, packed      fc1 block scales, fc1 factor [E], fc2 the same two;
                                                       ``use_mxfp8_act_scaling``
     ====================  ==========================  ==========================================================
+
+    In W4A8 the input and the activation are rounded to E4M3 under one scale a row, ``amax / 448``; a weight is
+    ``code * 2^(offset - 6) * factor``, as FlashInfer's ``preprocess_moe_weights_for_sm90_mixed_gemm_humming`` makes
+    it, the residual that it gives times 64 being the factor.
 
     Args:
         input: ``[tokens, H]``, bfloat16, float16 or float32; quantised to NVFP4 (uint8 ``[tokens, H/2]``) or MXFP8
@@ -228,7 +242,8 @@ def cutlass_fused_moe(
         weight_layout: ``"linear"`` (plain rows, block scales ``[E, rows, K/block]``); ``"128x4"`` (plain rows, each
             expert's scales 128x4 swizzled, ``[E, round_up(rows, 128), round_up(K/block, 4)]``);
             ``"sm90_interleaved"`` (W4A16 MXFP4: payload and scales as the two ``interleave_moe_*_for_sm90_mixed_gemm``
-            make them); ``"flashinfer"``, whichever of these FlashInfer's function expects in the mode.
+            make them), ``"sm90_interleaved_fp8"`` (W4A8: the same with the type ``"fp4_fp8"``); ``"flashinfer"``,
+            whichever of these FlashInfer's function expects in the mode.
         backend: ``"auto"`` or a backend's name.
 
     Returns:

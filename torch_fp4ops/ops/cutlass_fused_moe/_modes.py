@@ -27,10 +27,20 @@ class Mode:
     activations: BlockFormat | None
     scales: tuple[str, ...]
     flashinfer_layout: str | None
+    e4m3_rows: bool = False
+    """Whether activations are rounded to E4M3 with one scale a row, from the row's largest magnitude."""
 
 
 UNQUANTIZED = Mode("bf16", None, None, (), "linear")
 W4A16_MXFP4 = Mode("w4a16_mxfp4", MXFP4, None, ("fc1_scales", "fc2_scales"), "sm90_interleaved")
+W4A8_MXFP4 = Mode(
+    "w4a8_mxfp4",
+    MXFP4,
+    None,
+    ("fc1_scales", "fc1_global", "fc2_act_global", "fc2_scales", "fc2_global"),
+    "sm90_interleaved_fp8",
+    e4m3_rows=True,
+)
 W4A16_NVFP4 = Mode("w4a16_nvfp4", NVFP4, None, ("fc1_scales", "fc1_global", "fc2_scales", "fc2_global"), None)
 W4A4_NVFP4 = Mode(
     "w4a4_nvfp4",
@@ -43,7 +53,12 @@ W4A8_MXFP4_MXFP8 = Mode(
     "w4a8_mxfp4_mxfp8", MXFP4, MXFP8, ("fc1_scales", "fc1_global", "fc2_scales", "fc2_global"), "128x4"
 )
 
-LAYOUTS = ("flashinfer", "linear", "128x4", "sm90_interleaved")
+SM90_LAYOUTS = {"sm90_interleaved": "fp4", "sm90_interleaved_fp8": "fp4_fp8"}
+"""Layouts of the SM90 mixed-input GEMM, and the type of their interleave."""
+LAYOUTS = ("flashinfer", "linear", "128x4", *SM90_LAYOUTS)
+
+_OFFSET_OF_ONE = 127 - 6
+"""The W4A8 kernels take scales as offsets: ``2^(offset - 6)``, the fixed 6 being part of the factor [E]."""
 
 
 def find_mode(
@@ -51,7 +66,7 @@ def find_mode(
 ) -> Mode | None:
     """The mode that these arguments of a call mean; None if they mean none."""
     flags = (use_w4_group_scaling, use_mxfp8_act_scaling)
-    candidates = {(False, False): (W4A4_NVFP4,), (True, False): (W4A16_MXFP4, W4A16_NVFP4)}
+    candidates = {(False, False): (W4A4_NVFP4,), (True, False): (W4A16_MXFP4, W4A16_NVFP4, W4A8_MXFP4)}
     candidates[(False, True)] = (W4A8_MXFP4_MXFP8,)
     if weight_dtype.is_floating_point:
         return UNQUANTIZED if flags == (False, False) and n_scales == 0 else None
@@ -65,6 +80,13 @@ def find_mode(
 
 def resolve_layout(mode: Mode, weight_layout: str) -> str | None:
     return mode.flashinfer_layout if weight_layout == "flashinfer" else weight_layout
+
+
+def layouts_of(mode: Mode) -> tuple[str, ...]:
+    """The layouts that a mode's weights may have."""
+    if mode is W4A8_MXFP4:
+        return ("sm90_interleaved_fp8",)
+    return ("linear", "128x4", *(("sm90_interleaved",) if mode is W4A16_MXFP4 else ()))
 
 
 def packed(weights: Tensor) -> Tensor:
@@ -84,7 +106,7 @@ def require_scales(call: Call, mode: Mode, layout: str, name: str, experts: int,
     dtypes = (torch.uint8, torch.int32)
     call.require(t.dtype in dtypes, argument, t.dtype, "torch.uint8, or torch.int32 with four scales each")
     call.require(t.is_contiguous(), argument, f"of strides {tuple(t.stride())}", "contiguous")
-    if layout == "sm90_interleaved":
+    if layout in SM90_LAYOUTS:
         shape: tuple[int, ...] = (experts, rows // 64, cols // 4, 16, 16)
     elif layout == "128x4":
         shape = (experts, *scale_layouts.scale_shape(rows, cols, layout))
@@ -99,15 +121,25 @@ def require_scales(call: Call, mode: Mode, layout: str, name: str, experts: int,
 def linear_weights(weights: Tensor, layout: str) -> Tensor:
     """Packed weights ``[E, rows, K/2]`` in plain order, from any layout."""
     weights = packed(weights)
-    return deinterleave_moe_weights_for_sm90_mixed_gemm(weights) if layout == "sm90_interleaved" else weights
+    if layout in SM90_LAYOUTS:
+        return deinterleave_moe_weights_for_sm90_mixed_gemm(weights, SM90_LAYOUTS[layout])
+    return weights
 
 
 def linear_scales(scales: Tensor, rows: int, cols: int, layout: str) -> Tensor:
     """Block scales ``[E, rows, cols]`` in plain order, from any layout."""
     scales = scale_bytes(scales)
-    if layout == "sm90_interleaved":
-        return deinterleave_moe_scales_for_sm90_mixed_gemm(scales)
+    if layout in SM90_LAYOUTS:
+        linear = deinterleave_moe_scales_for_sm90_mixed_gemm(scales)
+        return linear + _OFFSET_OF_ONE if layout == "sm90_interleaved_fp8" else linear
     return scale_layouts.unswizzle(scales, rows, cols, layout)
+
+
+def round_rows_to_e4m3(x: Tensor) -> Tensor:
+    """fp32 rows rounded to E4M3 under the scale ``amax / 448`` of each, and back."""
+    scale = x.abs().amax(-1, keepdim=True) / 448.0
+    scale = torch.where(scale > 0, scale, 1.0)
+    return (x / scale).clamp(-448.0, 448.0).to(torch.float8_e4m3fn).float() * scale
 
 
 @dataclass(frozen=True)

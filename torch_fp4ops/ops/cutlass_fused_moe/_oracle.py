@@ -34,6 +34,8 @@ def _as_activation(x: Tensor, mode: _modes.Mode, encode: Tensor | None, expert: 
         x = dequantize_blocks(*quantize_nvfp4(x, e, 1 / e), NVFP4)
     elif mode.activations is MXFP8:
         x = dequantize_blocks(*quantize_mx(x, MXFP8), MXFP8)
+    elif mode.e4m3_rows:
+        x = _modes.round_rows_to_e4m3(x)
     return x.squeeze(0).double()
 
 

@@ -35,7 +35,7 @@ class _Layer:
             return dequantize_blocks(*quantize_nvfp4(x, encode, 1.0 / encode), NVFP4)
         if self.mode.activations is MXFP8:
             return dequantize_blocks(*quantize_mx(x, MXFP8), MXFP8)
-        return x.float()
+        return _modes.round_rows_to_e4m3(x.float()) if self.mode.e4m3_rows else x.float()
 
     def __call__(self, x: Tensor, expert: int, bias: Tensor | None) -> Tensor:
         weight = self.weights[expert]

@@ -38,6 +38,16 @@ def weights(rows: int, k: int, fmt: Any, seed: int) -> tuple[Tensor, Tensor, Ten
     return (*quantize_nvfp4(w, encode.view(-1, 1, 1), 1 / encode.view(-1, 1, 1)), 1 / encode)
 
 
+def scale_offsets(scales: Tensor) -> tuple[Tensor, Tensor]:
+    """UE8M0 scales ``[E, rows, blocks]`` as the W4A8 mode has them: offsets, and the factor of each expert.
+
+    The exponents of an expert may be 11 apart at most.
+    """
+    lowest = scales.amin((1, 2), keepdim=True)
+    assert bool((scales - lowest <= 11).all())
+    return scales - lowest + 1, torch.exp2(lowest.flatten().float() - 127.0) * 0.5 * 64
+
+
 def example(
     device: torch.device, tokens: int = 16, hidden: int = 2880, inter: int = 2880, experts: int = 32, top_k: int = 4
 ) -> tuple[Any, ...]:
@@ -82,6 +92,22 @@ def samples() -> Iterator[tuple[str, tuple[Any, ...], dict[str, Any]]]:
     folded = [interleave_moe_scales_for_sm90_mixed_gemm(s) for s in (s1, s2)]
     turned = [interleave_moe_weights_for_sm90_mixed_gemm(w) for w in (w1, w2)]
     yield "w4a16-mxfp4-flashinfer", (x, *route, *turned, bf16, folded, *biases), {**group, **swiglu}
+
+    # Every tile of FlashInfer's kernels divides these sizes. The first has biases, which makes it the largest: probes
+    # take that.
+    k = 512
+    large = [values(i, EXPERTS, rows, k, scale=0.04) for i, rows in ((10, 2 * k), (11, k))]
+    (v1, t1), (v2, t2) = (quantize_mx(w.float(), MXFP4) for w in large)
+    turned = [interleave_moe_weights_for_sm90_mixed_gemm(w) for w in (v1, v2)]
+    folded = [interleave_moe_scales_for_sm90_mixed_gemm(s) for s in (t1, t2)]
+    wide = (values(12, EXPERTS, 2 * k), values(13, EXPERTS, k))
+    yield "w4a16-mxfp4-flashinfer-512", (values(5, 5, k), *route, *turned, bf16, folded, *wide), {**group, **swiglu}
+    turned = [interleave_moe_weights_for_sm90_mixed_gemm(w, "fp4_fp8") for w in (v1, v2)]
+    (o1, f1), (o2, f2) = (scale_offsets(t) for t in (t1, t2))
+    folded = [interleave_moe_scales_for_sm90_mixed_gemm(o) for o in (o1, o2)]
+    w4a8 = [folded[0], f1, torch.ones(()), folded[1], f2]
+    humming = {**group, "use_wfp4afp8_humming": True}
+    yield "w4a8-mxfp4-flashinfer-512", (values(6, 5, k), *route, *turned, bf16, w4a8), humming
 
     swizzled = [scale_layouts.swizzle(s, "128x4") for s in (s1, s2)]
     int32 = [s.view(torch.int32) for s in swizzled]

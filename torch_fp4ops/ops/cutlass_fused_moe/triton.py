@@ -47,8 +47,9 @@ def _unsupported(call: Call) -> str | None:
         weights.dtype, len(call.quant_scales), call.use_w4_group_scaling, call.use_mxfp8_act_scaling
     )
     assert mode is not None
-    if _modes.resolve_layout(mode, call.weight_layout) == "sm90_interleaved":
-        return "the kernels read plain rows: weight_layout 'linear' or '128x4', not 'sm90_interleaved'"
+    layout = _modes.resolve_layout(mode, call.weight_layout)
+    if layout in _modes.SM90_LAYOUTS:
+        return f"the kernels read plain rows: weight_layout 'linear' or '128x4', not {layout!r}"
     if mode.activations is None and call.input.dtype not in _SIXTEEN_BITS:
         return f"the kernels multiply activations of bfloat16 or float16, not {call.input.dtype}"
     if mode.weights is None:
@@ -81,6 +82,7 @@ def cutlass_fused_moe_triton(
     *,
     use_w4_group_scaling: bool = False,
     use_mxfp8_act_scaling: bool = False,
+    use_wfp4afp8_humming: bool = False,
     activation_type: int = 3,
     swizzled_input_sf: bool = True,
     weight_layout: str = "flashinfer",

@@ -35,7 +35,10 @@ def _contract(call: Call) -> Out:
     return Out((m, n), call.out_dtype or call.a.dtype)
 
 
+# FlashInfer is asked from 10.0 on only, so that other GPUs never wait for its import.
+_BLACKWELL = "kernels made for the hardware's FP4 tensor cores; not measured by this project"
 _PREFERENCES = (
+    Preference("flashinfer", "cuda", _BLACKWELL, (10, 0)),
     Preference(
         "triton",
         "cuda",

@@ -34,6 +34,9 @@ def samples() -> Iterator[tuple[str, tuple[Any, ...], dict[str, Any]]]:
     strided = values(3, 9, 128)[:, ::2]
     yield "strided-fp32-out", (strided, b, b_sf, 1 / scale), {"out_dtype": torch.float32}
     yield "alpha-per-row", (values(4, 5, 64), b, b_sf, torch.linspace(0.1, 2, 5)), {}
+    # Sizes that every library's kernels take.
+    b, b_sf = fp4_quantize(values(5, 256, 256), scale)
+    yield "nvfp4-round", (values(5, 5, 256), b, b_sf, 1 / scale), {}
 
 
 def assert_close(

@@ -28,6 +28,7 @@ def _contract(call: Call) -> Out:
     blocks = k * 2 // fmt.block_size
     _scales.require_scales(call, "a_descale", m, blocks, a_layout(call.use_8x4_sf_layout))
     _scales.require_transposed_scales(call, "b_descale", n, blocks)
+    _matmul.require_b_layout(call, n, blocks)
     _matmul.require_alpha(call, m)
     _scales.require_out_dtype(call)
     return Out((m, n), call.out_dtype)
@@ -37,7 +38,11 @@ def a_layout(use_8x4_sf_layout: bool) -> str:
     return scale_layouts.SWIZZLED_8X4 if use_8x4_sf_layout else scale_layouts.SWIZZLED_128X4
 
 
+# FlashInfer is asked from 10.0 on only, so that other GPUs never wait for its import.
+_BLACKWELL = "kernels made for the hardware's FP4 tensor cores; not measured by this project"
 _PREFERENCES = (
+    Preference("flashinfer", "cuda", _BLACKWELL, (10, 0)),
+    Preference("trtllm", "cuda", "reads b_layout='trtllm'", (10, 0)),
     Preference(
         "triton",
         "cuda",
@@ -59,6 +64,7 @@ def mm_fp4(
     block_size: int = 16,
     use_8x4_sf_layout: bool = False,
     use_nvfp4: bool = True,
+    b_layout: str = "plain",
     backend: str = "auto",
 ) -> Tensor:
     """``dequantize(a) @ dequantize(b) * alpha`` of NVFP4 (``block_size=16``) or MXFP4 (32, ``use_nvfp4=False``).
@@ -75,6 +81,9 @@ def mm_fp4(
         out_dtype: bfloat16, float16 or float32.
         block_size, use_nvfp4: 16, True for NVFP4; 32, False for MXFP4.
         use_8x4_sf_layout: ``a_descale`` is 8x4 swizzled.
+        b_layout: ``"plain"``, or ``"trtllm"``: b and b_descale are shuffled as trtllm-gen's kernels read them, by
+            ``shuffle_matrix_a`` and ``shuffle_matrix_sf_a`` or :func:`torch_fp4ops.prepare_fp4_weight`. A backend
+            that can't read the layout refuses the call.
         backend: ``"auto"`` or a backend's name.
 
     Returns:
@@ -83,12 +92,13 @@ def mm_fp4(
     Raises:
         ValueError: a wrong dtype, shape, stride, K, block size, scale size or alpha.
 
-    Source: FlashInfer ``mm_fp4`` without ``out`` and ``enable_pdl``; what follows ``out`` there is keyword-only.
+    Source: FlashInfer ``mm_fp4`` without ``out`` and ``enable_pdl``, and with ``b_layout``, which there follows from
+    ``backend``; what follows ``out`` there is keyword-only.
     """
     fmt = NVFP4 if use_nvfp4 else MXFP4
     weight = b.T
     blocks = a.shape[1] * 2 // fmt.block_size
     a_scales = scale_layouts.unswizzle(a_descale, a.shape[0], blocks, a_layout(use_8x4_sf_layout))
-    b_scales = _scales.unswizzle_transposed(b_descale, weight.shape[0], blocks)
+    weight, b_scales = _matmul.plain_weight(weight, b_descale, blocks, b_layout)
     a_values = dequantize_blocks(a, a_scales, fmt)
     return _matmul.matmul(a_values, dequantize_blocks(weight, b_scales, fmt), alpha, out_dtype)

@@ -13,6 +13,8 @@ from ...block_quantization import dequantize_blocks
 from ...formats import MXFP4, NVFP4
 from ...testing.numerics import assert_matmul_close
 from ...testing.samples import values
+from ...weight_layouts import shuffle_matrix_a, shuffle_matrix_sf_a
+from .. import _matmul
 from ..fp4_quantize import fp4_quantize
 from ..fp4_quantize.samples import example as quantize_example
 from . import a_layout
@@ -41,6 +43,14 @@ def samples() -> Iterator[tuple[str, tuple[Any, ...], dict[str, Any]]]:
     yield "8x4-flat-fp32", (a, b.T, a_sf.flatten(), b_sf.flatten(), alpha, torch.float32), {"use_8x4_sf_layout": True}
     a, a_sf = fp4_quantize(values(m, m, k), scale)
     yield "alpha-per-row", (a, b.T, a_sf, b_sf.T, alpha * torch.arange(1, m + 1)), {}
+    # Sizes that every library's kernels take.
+    m, n, k = 5, 256, 256
+    a, a_sf = fp4_quantize(values(m, m, k), scale)
+    b, b_sf = fp4_quantize(values(n, n, k), scale)
+    yield "nvfp4-round", (a, b.T, a_sf, b_sf.T, alpha), {}
+    linear = scale_layouts.unswizzle(b_sf, n, k // 16, "128x4")
+    shuffled = shuffle_matrix_a(b), shuffle_matrix_sf_a(linear).view(b_sf.shape)
+    yield "trtllm", (a, shuffled[0].T, a_sf, shuffled[1].T, alpha), {"b_layout": "trtllm"}
 
 
 def assert_close(
@@ -57,6 +67,5 @@ def assert_close(
     fmt = NVFP4 if kw.get("use_nvfp4", True) else MXFP4
     blocks = a.shape[1] * 2 // fmt.block_size
     a_scales = scale_layouts.unswizzle(a_descale, a.shape[0], blocks, a_layout(kw.get("use_8x4_sf_layout", False)))
-    b_plain = b_descale if b_descale.dim() == 1 else b_descale.T
-    b_scales = scale_layouts.unswizzle(b_plain, b.shape[1], blocks, "128x4")
-    assert_matmul_close(out, dequantize_blocks(a, a_scales, fmt), dequantize_blocks(b.T, b_scales, fmt), alpha)
+    weight, b_scales = _matmul.plain_weight(b.T, b_descale, blocks, kw.get("b_layout", "plain"))
+    assert_matmul_close(out, dequantize_blocks(a, a_scales, fmt), dequantize_blocks(weight, b_scales, fmt), alpha)

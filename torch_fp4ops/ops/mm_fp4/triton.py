@@ -8,14 +8,22 @@ import torch
 from torch import Tensor
 
 from ... import scale_layouts
+from ...contracts import Call
 from ...formats import MXFP4, NVFP4
+from .._matmul import PLAIN
 from .._triton_gemm_launch import MatmulCase, Operand, matmul_cases
 from .._triton_launch import why_not
 from .._triton_product import product
 from . import a_layout, mm_fp4
 
 
-@mm_fp4.backend("triton", unsupported=why_not)
+def _unsupported(call: Call) -> str | None:
+    if call.b_layout != PLAIN:
+        return f"the kernels read plain weights, not b_layout={call.b_layout!r}"
+    return why_not(call)
+
+
+@mm_fp4.backend("triton", unsupported=_unsupported)
 def mm_fp4_triton(
     a: Tensor,
     b: Tensor,
@@ -27,6 +35,7 @@ def mm_fp4_triton(
     block_size: int = 16,
     use_8x4_sf_layout: bool = False,
     use_nvfp4: bool = True,
+    b_layout: str = "plain",
     backend: str = "auto",
 ) -> Tensor:
     out = a.new_empty((a.shape[0], b.shape[1]), dtype=out_dtype)

@@ -29,11 +29,16 @@ def _contract(call: Call) -> Out:
     blocks = k // MXFP8.block_size
     _scales.require_scales(call, "a_descale", m, blocks, a_layout(call.use_8x4_sf_layout))
     _scales.require_scales(call, "b_descale", n, blocks, scale_layouts.SWIZZLED_128X4)
+    _matmul.require_b_layout(call, n, blocks)
     _scales.require_out_dtype(call)
     return Out((m, n), call.out_dtype)
 
 
+# FlashInfer is asked from 10.0 on only, so that other GPUs never wait for its import.
+_BLACKWELL = "kernels made for the hardware's FP4 tensor cores; not measured by this project"
 _PREFERENCES = (
+    Preference("flashinfer", "cuda", _BLACKWELL, (10, 0)),
+    Preference("trtllm", "cuda", "reads b_layout='trtllm'", (10, 0)),
     Preference(
         "triton",
         "cuda",
@@ -52,6 +57,7 @@ def mm_mxfp8(
     *,
     out_dtype: torch.dtype = torch.bfloat16,
     use_8x4_sf_layout: bool = False,
+    b_layout: str = "plain",
     backend: str = "auto",
 ) -> Tensor:
     """``dequantize(a) @ dequantize(b)`` of MXFP8, accumulated in fp32 and rounded once.
@@ -64,6 +70,9 @@ def mm_mxfp8(
         b_descale: flat uint8 UE8M0 scales of the ``(n, k)`` weights, 128x4 swizzled.
         out_dtype: bfloat16, float16 or float32.
         use_8x4_sf_layout: ``a_descale`` is 8x4 swizzled.
+        b_layout: ``"plain"``, or ``"trtllm"``: b and b_descale are shuffled as trtllm-gen's kernels read them, by
+            ``shuffle_matrix_a`` and ``shuffle_matrix_sf_a`` or :func:`torch_fp4ops.prepare_fp4_weight`. A backend
+            that can't read the layout refuses the call.
         backend: ``"auto"`` or a backend's name.
 
     Returns:
@@ -72,11 +81,12 @@ def mm_mxfp8(
     Raises:
         ValueError: a wrong dtype, shape, stride, K or scale size.
 
-    Source: FlashInfer ``mm_mxfp8`` without ``out``; what follows ``out`` there is keyword-only.
+    Source: FlashInfer ``mm_mxfp8`` without ``out``, and with ``b_layout``, which there follows from ``backend``;
+    what follows ``out`` there is keyword-only.
     """
     weight = b.T
     blocks = a.shape[1] // MXFP8.block_size
     a_scales = scale_layouts.unswizzle(a_descale, a.shape[0], blocks, a_layout(use_8x4_sf_layout))
-    b_scales = scale_layouts.unswizzle(b_descale, weight.shape[0], blocks, scale_layouts.SWIZZLED_128X4)
+    weight, b_scales = _matmul.plain_weight(weight, b_descale, blocks, b_layout)
     a_values = dequantize_blocks(a, a_scales, MXFP8)
     return _matmul.matmul(a_values, dequantize_blocks(weight, b_scales, MXFP8), None, out_dtype)

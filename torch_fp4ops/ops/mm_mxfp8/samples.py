@@ -13,6 +13,8 @@ from ...block_quantization import dequantize_blocks
 from ...formats import MXFP8
 from ...testing.numerics import assert_matmul_close
 from ...testing.samples import values
+from ...weight_layouts import shuffle_matrix_a, shuffle_matrix_sf_a
+from .. import _matmul
 from ..mm_fp4 import a_layout
 from ..mxfp8_quantize import mxfp8_quantize
 from ..mxfp8_quantize.samples import example as quantize_example
@@ -30,6 +32,13 @@ def samples() -> Iterator[tuple[str, tuple[Any, ...], dict[str, Any]]]:
         yield f"{m}x{n}x{k}", (a, b.T, a_sf, b_sf), {}
         a, a_sf = mxfp8_quantize(values(m, m, k), sf_swizzle_layout=1)
         yield f"8x4-{m}x{n}x{k}", (a, b.T, a_sf, b_sf), {"use_8x4_sf_layout": True, "out_dtype": torch.float32}
+    # Sizes that every library's kernels take.
+    m, n, k = 5, 256, 256
+    a, a_sf = mxfp8_quantize(values(m, m, k))
+    b, b_sf = mxfp8_quantize(values(n, n, k))
+    yield "round", (a, b.T, a_sf, b_sf), {}
+    linear = scale_layouts.unswizzle(b_sf, n, k // 32, "128x4")
+    yield "trtllm", (a, shuffle_matrix_a(b).T, a_sf, shuffle_matrix_sf_a(linear)), {"b_layout": "trtllm"}
 
 
 def assert_close(
@@ -40,10 +49,11 @@ def assert_close(
     b_descale: Tensor,
     *,
     use_8x4_sf_layout: bool = False,
+    b_layout: str = "plain",
     **_: Any,
 ) -> None:
     """Within the bound of exact products and fp32 sums."""
     blocks = a.shape[1] // MXFP8.block_size
     a_scales = scale_layouts.unswizzle(a_descale, a.shape[0], blocks, a_layout(use_8x4_sf_layout))
-    b_scales = scale_layouts.unswizzle(b_descale, b.shape[1], blocks, "128x4")
-    assert_matmul_close(out, dequantize_blocks(a, a_scales, MXFP8), dequantize_blocks(b.T, b_scales, MXFP8))
+    weight, b_scales = _matmul.plain_weight(b.T, b_descale, blocks, b_layout)
+    assert_matmul_close(out, dequantize_blocks(a, a_scales, MXFP8), dequantize_blocks(weight, b_scales, MXFP8))

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from ... import scale_layouts
+from ...contracts import Call
 from ...formats import MXFP8
+from .._matmul import PLAIN
 from .._triton_gemm_launch import MatmulCase, Operand, matmul_cases
 from .._triton_launch import why_not
 from .._triton_product import product
@@ -16,7 +18,13 @@ from ..mm_fp4 import a_layout
 from . import mm_mxfp8
 
 
-@mm_mxfp8.backend("triton", unsupported=why_not)
+def _unsupported(call: Call) -> str | None:
+    if call.b_layout != PLAIN:
+        return f"the kernels read plain weights, not b_layout={call.b_layout!r}"
+    return why_not(call)
+
+
+@mm_mxfp8.backend("triton", unsupported=_unsupported)
 def mm_mxfp8_triton(
     a: Tensor,
     b: Tensor,
@@ -25,6 +33,7 @@ def mm_mxfp8_triton(
     *,
     out_dtype: torch.dtype = torch.bfloat16,
     use_8x4_sf_layout: bool = False,
+    b_layout: str = "plain",
     backend: str = "auto",
 ) -> Tensor:
     out = a.new_empty((a.shape[0], b.shape[1]), dtype=out_dtype)

@@ -1,0 +1,352 @@
+"""The FlashInfer adapters, as far as a machine without their GPUs can prove them.
+
+Capability is pretended, and FlashInfer's functions are stood in for by what their documentation says, over the
+reference: each stand-in binds the call to the installed function's real signature and takes its arguments in FlashInfer's
+form. So a wrong name, order, layout, dtype or flag of an adapter shows.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from typing import Any
+
+import pytest
+import torch
+
+from torch_fp4ops import OPS, BackendUnavailable, explain, probe
+from torch_fp4ops.ops import _flashinfer
+from torch_fp4ops.ops.cutlass_fused_moe import cutlass_fused_moe
+from torch_fp4ops.registry import Op
+from torch_fp4ops.testing import assert_right, comparable, samples
+from torch_fp4ops.testing.samples import values
+
+flashinfer = pytest.importorskip("flashinfer", reason="FlashInfer is not installed", exc_type=ImportError)
+INSTALLED = _flashinfer.version() or ()
+ADAPTED = [
+    *("fp4_quantize", "mxfp8_quantize", "mm_fp4", "mm_mxfp8", "mm_bf16_fp4"),
+    *("nvfp4_kv_quantize", "nvfp4_kv_dequantize", "cutlass_fused_moe"),
+]
+
+
+def adapter_of(name: str) -> Any:
+    return importlib.import_module(f"torch_fp4ops.ops.{name}.flashinfer")
+
+
+# What the installed package has
+
+
+def exists(name: str) -> bool:
+    since = _flashinfer.SIGNATURES[name].since
+    return since is None or since <= INSTALLED
+
+
+@pytest.mark.parametrize("name", _flashinfer.SIGNATURES)
+def test_every_argument_that_is_forwarded_exists(name):
+    if not exists(name):
+        with pytest.raises(ImportError, match=f"no {name}"):
+            _flashinfer.function(name)
+        return
+    parameters = inspect.signature(_flashinfer.function(name)).parameters
+    missing = set(_flashinfer.SIGNATURES[name].arguments.split()) - set(parameters)
+    assert not missing
+    if INSTALLED >= (0, 7):
+        assert set(_flashinfer.SIGNATURES[name].newer) <= set(parameters)
+
+
+@pytest.mark.parametrize("name", ADAPTED)
+def test_capabilities_are_among_flashinfer_s_own(name):
+    for backend, kernel in adapter_of(name).KERNELS.items():
+        if not exists(kernel.function):
+            continue
+        run = _flashinfer.function(kernel.function)
+        choices = _flashinfer.choices(kernel.function)
+        if kernel.choice in (None, "auto") or (choices and kernel.choice not in choices):
+            asks = getattr(run, "is_compute_capability_supported", None) if kernel.choice is None else None
+        else:
+            supported = getattr(run, "is_backend_supported", None)
+            asks = supported and (lambda c, supported=supported, kernel=kernel: supported(kernel.choice, c))
+        for capability in kernel.capabilities if asks and INSTALLED >= (0, 7) else ():
+            assert asks(capability), f"{backend} on {capability}"
+
+
+def test_the_numbers_of_the_activations_are_forwarded_by_name():
+    """They have moved between versions: 7 was Identity, and is SwigluStep."""
+    from torch_fp4ops.ops.cutlass_fused_moe import _modes
+
+    known = adapter_of("cutlass_fused_moe")._activations()
+    assert {"Swiglu", "SwigluBias", "Geglu", "Silu", "Gelu", "Relu", "Relu2"} <= set(known)
+    if INSTALLED >= (0, 7):
+        assert {i: a.name for i, a in _modes.ACTIVATIONS.items()} == {
+            int(known[a.name]): a.name for a in _modes.ACTIVATIONS.values()
+        }
+
+
+def test_the_shuffle_is_flashinfer_s():
+    from torch_fp4ops.weight_layouts import shuffle_matrix_a
+
+    x = values(0, 256, 8)
+    for tile in (128, 64):
+        assert torch.equal(shuffle_matrix_a(x, tile), flashinfer.shuffle_matrix_a(x, tile))
+
+
+# A pretended GPU, and stand-ins for FlashInfer's functions
+
+
+def op_by_meaning(name: str, given: dict[str, Any]) -> Any:
+    """What FlashInfer's function gives for arguments in its form."""
+    reference = OPS[name].__wrapped__ if name in OPS else None
+    backend = given.pop("backend", None)
+    if name == "fp4_quantize":
+        assert given.pop("nvfp4_4over6", None) is None and backend in ("cuda", "cute-dsl")
+        assert given["input"].is_contiguous() and given["input"].dim() == 2
+        assert not (backend == "cute-dsl" and given["is_global_scale_inversed"])  # it ignores the flag
+    elif name == "mxfp8_quantize":
+        given["sf_swizzle_layout"] = given["sf_swizzle_layout"].value
+    elif name in ("mm_fp4", "mm_mxfp8"):
+        given["b_layout"] = "trtllm" if backend == "trtllm" else "plain"
+        assert given["a"].is_contiguous() and given["b"].T.is_contiguous()
+        dimensions = 2 if name == "mm_fp4" else 1
+        assert given["a_descale"].dim() == given["b_descale"].dim() == dimensions
+        assert not given["use_8x4_sf_layout"] or backend == "trtllm"
+    elif name == "prepare_bf16_fp4_weights":
+        return (given["b"], (given["b_descale"], backend), given["alpha"])
+    elif name == "mm_bf16_fp4":
+        given["b_descale"], prepared_for = given["b_descale"]
+        assert prepared_for == backend
+    elif name.startswith("nvfp4_kv"):
+        assert all(t.is_contiguous() for t in given.values() if isinstance(t, torch.Tensor))
+    else:
+        return moe_by_meaning(given)
+    return reference(**given)
+
+
+def moe_by_meaning(given: dict[str, Any]) -> torch.Tensor:
+    assert given.pop("use_fused_finalize", False) is False
+    four_bit, eight_bit = given["use_w4_group_scaling"], given["use_mxfp8_act_scaling"]
+    assert given["fc1_expert_weights"].dtype == (torch.uint8 if four_bit else torch.int64)
+    assert given["token_selected_experts"].dtype == torch.int32
+    for i, t in enumerate(given["quant_scales"]):
+        if t.dtype != torch.int32:  # a factor: without a dimension only where it is an activation's
+            assert t.dim() == 1 or (i in ((2,) if four_bit else (0, 3)) and not eight_bit)
+    for bias in ("fc1_expert_biases", "fc2_expert_biases"):
+        assert given[bias] is None or given[bias].dtype == given["output_dtype"]
+    given["activation_type"] = int(given["activation_type"])
+    return cutlass_fused_moe.__wrapped__(**given, weight_layout="flashinfer")
+
+
+@pytest.fixture
+def pretend(monkeypatch):
+    """``pretend(100)``: from now on the CPU is a GPU of that capability with everything built; returns the calls made."""
+    calls: list[tuple[str, dict[str, Any]]] = []
+    real = _flashinfer.function
+
+    def stand_in(name: str) -> Any:
+        function = real(name)  # ImportError where this version has none
+        signature = inspect.signature(function)
+
+        def run(**given: Any) -> Any:
+            signature.bind(**given)
+            calls.append((name, dict(given)))
+            return op_by_meaning(name, given)
+
+        run.__signature__ = signature
+        for question in ("is_backend_supported",):
+            if hasattr(function, question):
+                setattr(run, question, getattr(function, question))
+        return run
+
+    def as_capability(capability: int, packages: tuple[str, ...] = ("cutlass", "cudnn", "flashinfer_cubin")) -> list:
+        monkeypatch.setattr(_flashinfer, "on_nvidia", lambda kind: None)
+        monkeypatch.setattr(_flashinfer, "_capability", lambda index: capability)
+        monkeypatch.setattr(_flashinfer, "has_package", lambda name: name in packages)
+        monkeypatch.setattr(_flashinfer, "_is_built", lambda name: True)
+        monkeypatch.setattr(_flashinfer, "function", stand_in)
+        monkeypatch.setattr(probe, "_verdicts", {})
+        for cached in (_flashinfer.why_not, _flashinfer._parameters, _flashinfer.choices):
+            cached.cache_clear()
+        return calls
+
+    yield as_capability
+    monkeypatch.undo()
+    for cached in (_flashinfer.why_not, _flashinfer._parameters, _flashinfer.choices):
+        cached.cache_clear()
+
+
+def able(op: Op, sample) -> list[str]:
+    call = op.check(*sample.args, **sample.kwargs)
+    foreign = [b for b in op.backend_names() if b not in ("reference", "triton") and comparable(op, sample, b)]
+    return [b for b in foreign if op.find_backend(b, "test").unsupported(call) is None]
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100, 103, 110, 120, 121])
+@pytest.mark.parametrize("name", ADAPTED)
+def test_every_call_that_an_adapter_takes_means_the_same_to_flashinfer(name, capability, pretend):
+    calls = pretend(capability)
+    op, taken = OPS[name], set()
+    for sample in samples(op):
+        for backend in able(op, sample):
+            taken.add(backend)
+            assert_right(op, sample, backend)
+    if not exists(name):
+        assert not taken
+        return
+    wanted = {
+        "nvfp4_kv_dequantize": 80,
+        "cutlass_fused_moe": 90,
+    }
+    assert ("flashinfer" in taken) is (capability >= wanted.get(name, 100))
+    if INSTALLED >= (0, 7):
+        kernels = adapter_of(name).KERNELS
+        assert taken - {"flashinfer"} == {
+            b
+            for b, k in kernels.items()
+            if b != "flashinfer" and capability in k.capabilities and not (capability == 90 and "quantize" in name)
+        }
+    assert bool(calls) is bool(taken)
+
+
+@pytest.mark.parametrize(
+    ("capability", "packages", "choice"),
+    [(100, ("cutlass",), "cute-dsl"), (103, ("cutlass",), "cute-dsl"), (100, (), "cuda"), (120, ("cutlass",), "cuda")],
+)
+def test_the_quantisers_pick_cute_dsl_on_10_0_and_10_3_and_cuda_elsewhere(capability, packages, choice, pretend):
+    calls = pretend(capability, packages)
+    x, scale = values(0, 4, 64), torch.ones(1)
+    torch.ops.fp4.fp4_quantize(x, scale, backend="flashinfer")
+    torch.ops.fp4.mxfp8_quantize(x, backend="flashinfer")
+    assert {(name, given["backend"]) for name, given in calls} == {
+        ("fp4_quantize", choice),
+        ("mxfp8_quantize", choice),
+    }
+    calls.clear()
+    torch.ops.fp4.fp4_quantize(x, scale, is_global_scale_inversed=True, backend="flashinfer")
+    assert calls[-1][1]["backend"] == "cuda"  # the other ignores the flag
+
+
+def test_a_library_s_prefix_is_an_alias(pretend, monkeypatch):
+    from torch_fp4ops import selection
+
+    calls = pretend(100)
+    sample = next(s for s in samples(OPS["mm_fp4"]) if s.name == "trtllm")
+    for alias in ("trtllm", "flashinfer_trtllm", "flashinfer-trtllm"):
+        torch.ops.fp4.mm_fp4(*sample.args, **sample.kwargs, backend=alias)
+        monkeypatch.setattr(selection, "_environment", {"mm_fp4": alias})
+        torch.ops.fp4.mm_fp4(*sample.args, **sample.kwargs)
+        monkeypatch.setattr(selection, "_environment", {})
+    assert {given["backend"] for _, given in calls} == {"trtllm"}
+
+
+@pytest.mark.parametrize("name", ["mm_fp4", "mm_mxfp8"])
+def test_backends_refuse_the_weight_layout_that_they_cannot_read(name, pretend):
+    pretend(100)
+    plain, shuffled = (next(s for s in samples(OPS[name]) if s.name.endswith(n)) for n in ("round", "trtllm"))
+    with pytest.raises(BackendUnavailable, match="trtllm reads weights of b_layout='trtllm', not 'plain'"):
+        OPS[name](*plain.args, **plain.kwargs, backend="trtllm")
+    for backend in ("cutlass", "cudnn", "cute-dsl", "flashinfer") if INSTALLED >= (0, 7) else ("cutlass",):
+        with pytest.raises(BackendUnavailable, match=f"{backend} reads weights of b_layout='plain', not 'trtllm'"):
+            OPS[name](*shuffled.args, **shuffled.kwargs, backend=backend)
+
+
+def test_one_alpha_a_row_is_for_cute_dsl(pretend):
+    calls = pretend(100)
+    sample = next(s for s in samples(OPS["mm_fp4"]) if s.name == "nvfp4-round")
+    a, b, a_sf, b_sf, alpha = sample.args
+    rows = alpha * torch.arange(1, 6)
+    with pytest.raises(BackendUnavailable, match="an alpha for each row is for cute-dsl"):
+        torch.ops.fp4.mm_fp4(a, b, a_sf, b_sf, rows, backend="cutlass")
+    if INSTALLED >= (0, 7):
+        torch.ops.fp4.mm_fp4(a, b, a_sf, b_sf, rows, backend="cute-dsl")
+        assert calls[-1][1]["alpha"].shape == (5,)
+
+
+# Trust
+
+
+@pytest.mark.parametrize("name", ["fp4_quantize", "mxfp8_quantize"])
+def test_the_quantisers_are_refused_on_9_0_with_the_measurement(name, pretend):
+    calls = pretend(90)
+    x = values(0, 4, 64)
+    args = (x, torch.ones(1)) if name == "fp4_quantize" else (x,)
+    with pytest.raises(BackendUnavailable, match="leaves its output unwritten.*NVIDIA H200, 0.6.18.post1"):
+        OPS[name](*args, backend="flashinfer")
+    assert "flashinfer: FlashInfer's" in explain(name, *args) and not calls
+
+
+def test_an_empty_launch_is_caught_by_the_probe(pretend, monkeypatch):
+    """Were the known defect not known."""
+    pretend(90)
+    monkeypatch.setattr(_flashinfer, "DEFECTS", ())
+
+    def empty_launch(name):
+        def run(input, **rest):
+            return torch.empty(input.shape[0], input.shape[1] // 2, dtype=torch.uint8), torch.empty(
+                -(-input.shape[0] // 128) * 128, -(-input.shape[1] // 64) * 4, dtype=torch.uint8
+            )
+
+        return run
+
+    real = _flashinfer.function
+    monkeypatch.setattr(_flashinfer, "function", lambda name: empty_launch(name))
+    monkeypatch.setattr(_flashinfer, "accepted", lambda name, **optional: {})
+    _flashinfer.why_not.cache_clear()
+    with pytest.raises(BackendUnavailable, match="leaves its output unwritten: "):
+        torch.ops.fp4.fp4_quantize(values(0, 4, 64), torch.ones(1), backend="cuda")
+    monkeypatch.setattr(_flashinfer, "function", real)
+
+
+def test_what_is_not_built_is_said_and_not_set_off_by_auto(pretend, monkeypatch):
+    pretend(100)
+    monkeypatch.setattr(_flashinfer, "_is_built", lambda name: False)
+    sample = next(s for s in samples(OPS["mm_fp4"]) if s.name == "nvfp4-round")
+    text = explain("mm_fp4", *sample.args)
+    assert "cutlass: its first use would compile FlashInfer's module fp4_gemm_cutlass" in text
+    if INSTALLED >= (0, 7):
+        assert "cute-dsl: its first use would compile a kernel with CuTe DSL" in text
+    monkeypatch.setattr(_flashinfer, "has_package", lambda name: name != "flashinfer_cubin")
+    _flashinfer.why_not.cache_clear()
+    shuffled = next(s for s in samples(OPS["mm_fp4"]) if s.name == "trtllm")
+    assert "trtllm: its first use would download FlashInfer's cubins" in explain(
+        "mm_fp4", *shuffled.args, **shuffled.kwargs
+    )
+    monkeypatch.setenv(probe.OFFLINE_VARIABLE, "1")
+    with pytest.raises(BackendUnavailable, match="would compile.*which TORCH_FP4OPS_OFFLINE forbids"):
+        torch.ops.fp4.mm_fp4(*sample.args, backend="cutlass")
+
+
+def test_reasons_that_need_no_import(pretend, monkeypatch):
+    call = OPS["mm_fp4"].check(*samples(OPS["mm_fp4"])[-1].args)
+    kernel = adapter_of("mm_fp4").KERNELS["cutlass"]
+    assert kernel.why_not(call) == "FlashInfer's kernels run on NVIDIA GPUs"
+    pretend(90)
+
+    def no_import(name):
+        raise AssertionError("imported")
+
+    monkeypatch.setattr(_flashinfer, "function", no_import)
+    assert "is for compute capability 10.0, 10.3, 10.7, 11.0, 12.0, 12.1, not 9.0" in kernel.why_not(call)
+    pretend(100, packages=())
+    assert "needs the package 'cudnn'" in adapter_of("mm_fp4").KERNELS["cudnn"].why_not(call)
+    for version, reason in ((None, "not installed"), ((0, 6, 10), "0.6.10 is installed; 0.6.11 or later is needed")):
+        monkeypatch.setattr(_flashinfer, "version", lambda version=version: version)
+        _flashinfer.why_not.cache_clear()
+        assert reason in kernel.why_not(call)
+
+
+def test_moe_reasons(pretend):
+    by_name = {s.name: s for s in samples(cutlass_fused_moe)}
+
+    def reason(name: str, **change: Any) -> str | None:
+        sample = by_name[name]
+        call = cutlass_fused_moe.check(*sample.args, **{**sample.kwargs, **change})
+        return cutlass_fused_moe.why_not("flashinfer", call)
+
+    pretend(90)
+    assert reason("w4a16-mxfp4-flashinfer") is None
+    assert "reads weight_layout 'sm90_interleaved'" in reason("w4a16-mxfp4-linear")
+    assert "w4a4_nvfp4 is for compute capability 10.0 on" in reason("w4a4-nvfp4")
+    assert "no kernel for mode bf16" in reason("bf16-1")
+    pretend(100)
+    assert "w4a16_mxfp4 is for compute capability 9.0" in reason("w4a16-mxfp4-flashinfer")
+    assert reason("w4a4-nvfp4") is None and reason("mxfp4-mxfp8-quantized-input") is None
+    assert "input quantised to MXFP8 already" in reason("mxfp4-mxfp8")

@@ -1,0 +1,196 @@
+"""Prepared weights: the same product whatever form the checkpoint had, and a refusal where a backend can't read one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from torch_fp4ops import (
+    BackendUnavailable,
+    cutlass_fused_moe,
+    mm_fp4,
+    mm_mxfp8,
+    prepare_fp4_weight,
+    prepare_sm90_moe_weights,
+    scale_layouts,
+)
+from torch_fp4ops.block_quantization import quantize_mx
+from torch_fp4ops.formats import MXFP4
+from torch_fp4ops.ops.fp4_quantize import fp4_quantize
+from torch_fp4ops.ops.mxfp8_quantize import mxfp8_quantize
+from torch_fp4ops.testing import assert_same_bytes
+from torch_fp4ops.testing.samples import values
+from torch_fp4ops.weight_layouts import swap_nibbles, unshuffle_matrix_a, unshuffle_matrix_sf_a
+
+M, N, K = 5, 40, 160
+SCALE = torch.tensor([300.0])
+FORMATS = {16: {}, 32: {"sf_vec_size": 32, "sf_use_ue8m0": True}}
+
+
+def quantized(rows: int, k: int, block: int, swizzled: bool = True):
+    return fp4_quantize(
+        values(rows, rows, k), SCALE if block == 16 else None, **FORMATS[block], is_sf_swizzled_layout=swizzled
+    )
+
+
+@pytest.mark.parametrize("block", [16, 32])
+@pytest.mark.parametrize("layout", ["plain", "trtllm"])
+@pytest.mark.parametrize("nibble_order", ["low_first", "high_first"])
+@pytest.mark.parametrize("scale_layout", ["linear", "128x4", "flat"])
+def test_every_form_of_a_checkpoint_gives_the_same_product(block, layout, nibble_order, scale_layout):
+    (a, a_sf), (b, b_sf) = quantized(M, K, block), quantized(N, K, block)
+    alpha = torch.tensor([1e-4])
+    wanted = mm_fp4(a, b.T, a_sf, b_sf.T, alpha, block_size=block, use_nvfp4=block == 16)
+    given = scale_layouts.unswizzle(b_sf, N, K // block, "128x4") if scale_layout == "linear" else b_sf
+    given = given.flatten() if scale_layout == "flat" else given
+    stored = swap_nibbles(b) if nibble_order == "high_first" else b
+    form = "linear" if scale_layout == "linear" else "128x4"
+    weight = prepare_fp4_weight(stored, given, layout, nibble_order, form, block_size=block)
+    assert_same_bytes(weight.mm(a, a_sf, alpha).contiguous(), wanted)
+    if layout == "trtllm":
+        assert weight.weight.shape[0] == weight.scale.shape[0] == 128 and weight.scale.shape[1] % 4 == 0
+        plain = unshuffle_matrix_a(weight.weight)
+        assert_same_bytes(plain[:N, : K // 2].contiguous(), b)
+        assert not plain[N:].any() and not plain[:, K // 2 :].any()
+        scales = unshuffle_matrix_sf_a(weight.scale, *weight.scale.shape)
+        linear = scale_layouts.unswizzle(b_sf, N, K // block, "128x4")
+        assert_same_bytes(scales[:N, : K // block].contiguous(), linear)
+        assert not scales[N:].any() and not scales[:, K // block :].any()
+
+
+@pytest.mark.parametrize("layout", ["plain", "trtllm"])
+@pytest.mark.parametrize("eight", [False, True])
+def test_mxfp8(layout, eight):
+    a, a_sf = mxfp8_quantize(values(M, M, K), sf_swizzle_layout=1 if eight else 0)
+    b, b_sf = mxfp8_quantize(values(N, N, K))
+    weight = prepare_fp4_weight(b, b_sf, layout, scale_layout="128x4")
+    wanted = mm_mxfp8(a, b.T, a_sf, b_sf, use_8x4_sf_layout=eight)
+    assert_same_bytes(weight.mm(a, a_sf, use_8x4_sf_layout=eight).contiguous(), wanted)
+    with pytest.raises(ValueError, match="alpha is given; allowed: None"):
+        weight.mm(a, a_sf, torch.ones(1))
+
+
+def test_rebinding_leaves_one_copy():
+    module = nn.Module()
+    b, b_sf = quantized(N, K, 16, swizzled=False)
+    module.weight, module.scale = nn.Parameter(b, requires_grad=False), nn.Parameter(b_sf, requires_grad=False)
+    old = module.weight.untyped_storage()
+    weight = prepare_fp4_weight(module.weight, module.scale, rebind=True)
+    assert isinstance(module.weight, nn.Parameter) and module.weight.shape == weight.weight.shape == (128, 96)
+    assert module.weight.data_ptr() == weight.weight.data_ptr() != old.data_ptr()
+    assert module.scale.data_ptr() == weight.scale.data_ptr()
+    assert set(module.state_dict()) == {"weight", "scale"}
+
+
+def test_without_rebinding_the_checkpoint_stays():
+    b, b_sf = quantized(N, K, 16, swizzled=False)
+    before = b.clone(), b_sf.clone()
+    prepare_fp4_weight(b, b_sf, nibble_order="high_first")
+    assert_same_bytes(b, before[0])
+    assert_same_bytes(b_sf, before[1])
+
+
+def test_one_graph_for_any_number_of_rows(fresh_dynamo):
+    b, b_sf = quantized(N, K, 16, swizzled=False)
+    weight = prepare_fp4_weight(b, b_sf)
+
+    def linear(x):
+        return weight.mm(*torch.ops.fp4.fp4_quantize(x, SCALE), SCALE)
+
+    compiled = torch.compile(linear, fullgraph=True, backend="aot_eager")
+    for m in (2, 9, 130):
+        x = values(m, m, K)
+        torch._dynamo.decorators.mark_unbacked(x, 0)
+        assert_same_bytes(compiled(x).contiguous(), linear(values(m, m, K)).contiguous())
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_a_backend_that_reads_plain_weights_refuses_a_shuffled_one():
+    (a, a_sf), (b, b_sf) = quantized(M, K, 16), quantized(N, K, 16, swizzled=False)
+    weight = prepare_fp4_weight(b, b_sf)
+    with pytest.raises(BackendUnavailable, match="'triton'.*plain weights, not b_layout='trtllm'"):
+        weight.mm(a, a_sf, SCALE, backend="triton")
+
+
+GOOD = dict(zip(("weight", "scale"), quantized(N, K, 16, swizzled=False), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layout": "cutlass"}, "layout is 'cutlass'; allowed: 'plain' or 'trtllm'"),
+        ({"nibble_order": "guess"}, "nibble_order is 'guess'; allowed: 'low_first' or 'high_first'"),
+        ({"scale_layout": "8x4"}, "scale_layout is '8x4'; allowed: 'linear' or '128x4'"),
+        ({"scale_layout": "128x4"}, r"scale is \(40, 10\); allowed: \(128, 12\) \(128x4\)"),
+        ({"weight": GOOD["weight"].int()}, "weight is torch.int32; allowed: uint8"),
+        ({"weight": GOOD["weight"][0]}, r"weight is \(80,\); allowed: two dimensions"),
+        ({"weight": GOOD["weight"][:, :3]}, "weight is 'of K = 6'; allowed: K a multiple of 16"),
+        ({"scale": GOOD["scale"].float()}, "scale is torch.float32; allowed: a 1-byte dtype"),
+        ({"scale": GOOD["scale"].to("meta")}, "scale is device.*meta.*; allowed: cpu, where weight is"),
+        ({"block_size": 64}, r"block_size is 64; allowed: 16 \(NVFP4\) or 32"),
+    ],
+)
+def test_rejections(change, message):
+    with pytest.raises(ValueError, match=f"prepare_fp4_weight: {message}"):
+        prepare_fp4_weight(**{**GOOD, **change})
+
+
+def test_a_shuffled_weight_without_padding_is_refused_by_the_op():
+    a, a_sf = quantized(M, K, 16)
+    b, b_sf = quantized(N, K, 16)
+    with pytest.raises(ValueError, match="b is of n = 40 with b_layout='trtllm'; allowed: n a multiple of 128"):
+        torch.ops.fp4.mm_fp4(a, b.T, a_sf, b_sf.T, SCALE, b_layout="trtllm")
+    with pytest.raises(ValueError, match="b_layout is 'nz'; allowed: 'plain' or 'trtllm'"):
+        torch.ops.fp4.mm_fp4(a, b.T, a_sf, b_sf.T, SCALE, b_layout="nz")
+
+
+# Experts for compute capability 9.0
+
+
+def moe_pieces(hidden=160, inter=96, experts=3):
+    """Linear MXFP4 experts of sizes that no tile divides, with biases."""
+    fc1, fc2 = values(1, experts, 2 * inter, hidden, scale=0.1), values(2, experts, hidden, inter, scale=0.1)
+    pieces = [*quantize_mx(fc1.float(), MXFP4), *quantize_mx(fc2.float(), MXFP4)]
+    return [*pieces, values(3, experts, 2 * inter), values(4, experts, hidden)]
+
+
+@pytest.mark.parametrize("biases", [False, True])
+def test_padded_and_interleaved_experts_give_the_unpadded_result(biases):
+    pieces = moe_pieces()
+    if not biases:
+        pieces[4:] = None, None
+    x, ids, scales = values(0, 7, 160), torch.tensor([[0, 2]] * 7), torch.tensor([[0.25, 0.75]] * 7)
+    swiglu = {
+        "swiglu_alpha": torch.full((3,), 1.702),
+        "swiglu_beta": torch.ones(3),
+        "swiglu_limit": torch.full((3,), 2.0),
+    }
+    group = {"use_w4_group_scaling": True, "backend": "reference", **swiglu}
+    linear = cutlass_fused_moe(
+        x, ids, scales, pieces[0], pieces[2], torch.float32, [pieces[1], pieces[3]], *pieces[4:],
+        weight_layout="linear", **group,
+    )  # fmt: skip
+    new = prepare_sm90_moe_weights(*pieces)
+    assert new.fc1_expert_weights.shape == (3, 256, 128) and new.fc2_expert_weights.shape == (3, 256, 64)
+    padded = torch.nn.functional.pad(x, (0, 96))
+    out = cutlass_fused_moe(padded, ids, scales, *new[:2], torch.float32, *new[2:], **group)
+    torch.testing.assert_close(out[:, :160], linear, rtol=1e-5, atol=1e-5)
+    assert not out[:, 160:].any()
+
+
+@pytest.mark.parametrize(
+    ("position", "change", "message"),
+    [
+        (0, lambda t: t.int(), "fc1 is torch.int32; allowed: torch.uint8"),
+        (0, lambda t: t[:, 1:], r"fc1 is of shape \(3, 191, 80\); allowed: \(3, 192, 80\)"),
+        (3, lambda t: t[..., :1], r"fc2_scale is of shape \(3, 160, 1\); allowed: \(3, 160, 3\)"),
+        (2, lambda t: t[0], r"fc1 is of shape .*by the shape of fc2"),
+        (4, lambda t: t[:, 1:], r"fc1_bias is of shape \(3, 191\)"),
+    ],
+)
+def test_sm90_rejections(position, change, message):
+    pieces = moe_pieces()
+    pieces[position] = change(pieces[position])
+    with pytest.raises(ValueError, match=f"prepare_sm90_moe_weights: {message}"):
+        prepare_sm90_moe_weights(*pieces)
