@@ -173,9 +173,9 @@ def test_kv_dequantize_is_exact_eager_compiled_and_captured(dtype, shape, fresh_
     assert_same_bytes(replayed(run, inputs, [torch.zeros_like(t) for t in inputs]), wanted)
 
 
-# cutlass_fused_moe, W4A16 MXFP4. H and I are multiples of 256, whatever tactic is the default one.
+# cutlass_fused_moe, W4A16 MXFP4. H and I are multiples of every tile, whatever tactic is the default one.
 
-EXPERTS, HIDDEN, INTER, TOP_K = 8, 512, 768, 3
+EXPERTS, HIDDEN, INTER, TOP_K = 8, 512, 1024, 3
 
 
 def moe_call(tokens: int, extras: bool, ep_rank: int | None = None, experts: int = EXPERTS) -> dict[str, Any]:
