@@ -88,3 +88,13 @@ def test_samples_are_the_same_every_time_and_do_not_share_memory():
             if isinstance(s, torch.Tensor):
                 assert_same_bytes(s, t)
                 assert s.numel() == 0 or s.data_ptr() != t.data_ptr()
+
+
+def test_a_product_too_large_for_its_dtype_is_infinite():
+    a, b = torch.full((1, 16), 6.0), torch.full((2, 16), 6.0)
+    b[1] = -6.0
+    out = torch.tensor([[torch.inf, -torch.inf]], dtype=torch.float16)
+    assert_matmul_close(out, a, b, torch.tensor([200.0]))  # 115200
+    for alpha in (100.0, -200.0):  # 57600 fits, and the signs are others
+        with pytest.raises(AssertionError):
+            assert_matmul_close(out, a, b, torch.tensor([alpha]))

@@ -30,7 +30,7 @@ def test_mm_fp4(size, seed, dtype, nvfp4, per_row, eight):
     k = blocks * (16 if nvfp4 else 32)
     a, a_sf = fp4_quantize(values(seed, m, k), scale, **flags, is_sf_8x4_layout=eight)
     b, b_sf = fp4_quantize(values(seed + 1, n, k), scale, **flags)
-    alpha = torch.rand(m if per_row else 1) / 100
+    alpha = torch.rand(m if per_row else 1, generator=torch.Generator().manual_seed(seed)) / 100
     kwargs = {"use_8x4_sf_layout": eight, "use_nvfp4": nvfp4, "block_size": 16 if nvfp4 else 32}
     out = mm_fp4(a, b.T, a_sf, b_sf.T, alpha, dtype, **kwargs)
     assert (out.shape, out.dtype) == ((m, n), dtype)
@@ -43,7 +43,7 @@ def test_mm_bf16_fp4(size, seed, dtype, block, per_row):
     a = values(seed, m, blocks * block, dtype=dtype)
     scale = SCALE if block == 16 else None
     b, b_sf = fp4_quantize(values(seed + 1, n, blocks * block), scale, block, block == 32)
-    alpha = torch.rand(m if per_row else 1) / 10
+    alpha = torch.rand(m if per_row else 1, generator=torch.Generator().manual_seed(seed)) / 10
     out = mm_bf16_fp4(a, b, b_sf, alpha, block_size=block)
     assert (out.shape, out.dtype) == ((m, n), dtype)
     assert_bf16_fp4_close(out, a, b, b_sf, alpha, block_size=block)
