@@ -32,6 +32,7 @@ from typing import Any
 import torch
 
 SANITIZER_TOOLS = ("memcheck", "racecheck", "initcheck")
+_SANITIZER = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
 
 
 @dataclass
@@ -100,15 +101,14 @@ def steps(options: argparse.Namespace, scratch: Path) -> list[Step]:
             check("check with the other ptxas", device="cuda", backend="triton", **other),
             tests("kernels with the other ptxas", "tests/ops", "-k", "test_on_a_gpu", PROPERTY_SHARDS="1", **other),
         ]
-    sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-    if options.sanitizer and Path(sanitizer).exists():
+    if options.sanitizer and Path(_SANITIZER).exists():
         for tool in SANITIZER_TOOLS:
             # The reference that results are compared with runs on the CPU, so these are the backend's own kernels, and
             # torch's where it calls them.
-            command = [sanitizer, "--tool", tool]
+            command = [_SANITIZER, "--tool", tool]
             reads = str(scratch / "reads") if tool == "initcheck" else ""
             if reads:
-                command += ["--show-backtrace", "no", "--print-limit", "1000000", "--log-file", reads]
+                command += ["--show-backtrace=no", "--print-limit=1000000", f"--log-file={reads}"]
             else:
                 command += ["--error-exitcode", "9"]
             # Without torch's caching every tensor is an allocation, so the tools see its bounds and what is unwritten.
@@ -119,15 +119,20 @@ def steps(options: argparse.Namespace, scratch: Path) -> list[Step]:
     return [s for s in planned if not options.only or any(o in s.name for o in options.only)]
 
 
-def read_counts(path: str) -> dict[str, int]:
-    """Counts of a junit XML file or of check's JSON; empty if the step wrote none."""
+def read_counts(path: str) -> dict[str, Any]:
+    """Counts of a junit XML file, with what failed, or of check's JSON; empty if the step wrote none."""
     if not path or not Path(path).exists():
         return {}
     if path.endswith(".xml"):
-        suites = list(ElementTree.parse(path).getroot().iter("testsuite"))
+        root = ElementTree.parse(path).getroot()
+        suites = list(root.iter("testsuite"))
         total = {k: sum(int(s.get(k, 0)) for s in suites) for k in ("tests", "failures", "errors", "skipped")}
         passed = total["tests"] - total["failures"] - total["errors"] - total["skipped"]
-        return {"passed": passed, "failed": total["failures"] + total["errors"], "skipped": total["skipped"]}
+        counts: dict[str, Any] = {"passed": passed, "failed": total["failures"] + total["errors"]}
+        bad = [c for c in root.iter("testcase") if c.find("failure") is not None or c.find("error") is not None]
+        if bad:
+            counts["failures"] = [f"{c.get('classname')}::{c.get('name')}" for c in bad]
+        return {**counts, "skipped": total["skipped"]}
     statuses = [r["status"] for r in json.loads(Path(path).read_text())]
     return {status: statuses.count(status) for status in ("right", "wrong", "refused")}
 
@@ -159,9 +164,10 @@ def run(step: Step, log: Path) -> dict[str, Any]:
         counts |= count_unwritten_reads(step.reads)
         status = status or int(counts["unwritten_reads"] > 0)
     # Neither interpreter nor scratch paths belong in a report that is read elsewhere.
-    command = " ".join(c for c in step.command if not c.startswith(("/tmp", "--junit"))).replace(
-        sys.executable, "python"
-    )
+    settings = [f"{name}={value}" for name, value in step.environment.items()]
+    words = [c for c in (*settings, *step.command) if "/tmp" not in c and not c.startswith("--junit")]
+    words = ["python" if c == sys.executable else Path(c).name if c == _SANITIZER else c for c in words]
+    command = " ".join(words)
     return {
         "step": step.name,
         "command": command,

@@ -34,7 +34,7 @@ _PREFERENCES = (
     Preference(
         "triton",
         "cuda",
-        "the kernel of fp4_dequantize with linear scales: NVIDIA H200: 90% of the copy rate at 8192 x 7168",
+        "the kernel of fp4_dequantize with linear scales: NVIDIA H200: 87 us for 1048576 x 128, 92% of the copy rate",
     ),
 )
 

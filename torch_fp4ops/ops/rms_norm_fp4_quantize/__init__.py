@@ -24,9 +24,7 @@ def _contract(call: Call) -> tuple[Out, Out]:
     return _scales.fp4_outputs(call, fmt, x.shape[:-1], x.shape[-1])
 
 
-_PREFERENCES = (
-    Preference("triton", "cuda", "its one launch moves 2.6 bytes a value; the reference is many launches in float64"),
-)
+_PREFERENCES = (Preference("triton", "cuda", "NVIDIA H200: 34.5 us for 8192 x 4096 to NVFP4, the unfused pair 67.1"),)
 
 
 @op(preferences=_PREFERENCES, contract=_contract, check_values=_scales.require_positive_global_scale)
