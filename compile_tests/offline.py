@@ -57,8 +57,8 @@ def aot_cases() -> Iterator[Any]:
             yield from getattr(importlib.import_module(module.name), "aot_cases", tuple)()
 
 
-def compile_case(case: Any, target: str) -> Compiled:
-    """Compile in this process; raises what Triton raises."""
+def compile_case(case: Any, target: str, listing: bool = False) -> Compiled:
+    """Compile in this process; raises what Triton raises. Instructions are counted where a ``listing`` is asked for."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -72,11 +72,11 @@ def compile_case(case: Any, target: str) -> Compiled:
     source = ASTSource(case.kernel, signature, case.constants, aligned)
     kernel = triton.compile(source, target=gpu, options=options)
     if gpu.backend == "cuda":
-        return _nvidia(kernel)
+        return _nvidia(kernel, listing)
     return _amd(kernel)
 
 
-def _nvidia(kernel: Any) -> Compiled:
+def _nvidia(kernel: Any, listing: bool) -> Compiled:
     from triton.backends.nvidia.compiler import get_ptxas
 
     ptx = kernel.asm["ptx"]
@@ -93,10 +93,11 @@ def _nvidia(kernel: Any) -> Compiled:
         report = assembled.stderr
         if assembled.returncode:
             return Compiled(error=f"{assembler}: {report.strip() or f'exit code {assembled.returncode}'}")
-        listing = subprocess.run(
-            [triton.knobs.nvidia.cuobjdump.path, "-sass", binary], capture_output=True, text=True
-        ).stdout
-    opcodes = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)", listing)
+        sass = ""
+        if listing:
+            disassembler = triton.knobs.nvidia.cuobjdump.path
+            sass = subprocess.run([disassembler, "-sass", binary], capture_output=True, text=True).stdout
+    opcodes = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)", sass)
     return Compiled(
         registers=int(re.search(r"Used (\d+) registers", report)[1]),
         spilled_bytes=int(re.search(r"(\d+) bytes spill stores", report)[1]),
@@ -124,11 +125,11 @@ def _amd(kernel: Any) -> Compiled:
     )
 
 
-def compile_apart(case: Any, target: str) -> Compiled:
+def compile_apart(case: Any, target: str, listing: bool = False) -> Compiled:
     """Compile in a process of its own."""
     receiver, sender = multiprocessing.Pipe(duplex=False)
     # fork: Triton and torch are imported already, and nothing here has touched a GPU.
-    process = multiprocessing.get_context("fork").Process(target=_child, args=(case, target, sender))
+    process = multiprocessing.get_context("fork").Process(target=_child, args=(case, target, listing, sender))
     process.start()
     sender.close()
     try:
@@ -141,12 +142,12 @@ def compile_apart(case: Any, target: str) -> Compiled:
     return result
 
 
-def _child(case: Any, target: str, sender: Any) -> None:
+def _child(case: Any, target: str, listing: bool, sender: Any) -> None:
     quiet = os.open(os.devnull, os.O_WRONLY)  # MLIR dumps whole modules when it fails
     os.dup2(quiet, 1)
     os.dup2(quiet, 2)
     try:
-        sender.send(compile_case(case, target))
+        sender.send(compile_case(case, target, listing))
     except BaseException as error:
         last = (str(error).strip().splitlines() or [""])[-1]
         sender.send(Compiled(error=f"{type(error).__name__}: {last[:200]}"))
@@ -166,7 +167,9 @@ def main() -> int:
     print(f"triton {triton.__version__}, {len(cases)} cases, {len(targets)} targets", flush=True)
     print(f"{'case':52} {'target':8} {'registers':>9} {'spilled':>7} {'shared':>6} {'instructions':>12}")
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        for (case, target), got in zip(pairs, pool.map(lambda pair: compile_apart(*pair), pairs), strict=True):
+        for (case, target), got in zip(
+            pairs, pool.map(lambda pair: compile_apart(*pair, listing=True), pairs), strict=True
+        ):
             failures += bool(got.error) or got.spilled_bytes > 0
             numbers = f"{got.registers:9} {got.spilled_bytes:7} {got.shared_bytes:6} {got.instructions.total():12}"
             print(f"{case.name:52} {target:8} {got.error or numbers}", flush=True)
