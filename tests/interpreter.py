@@ -57,12 +57,21 @@ class Interpreter:
         self._pool.shutdown()
 
 
+def checks_of(module: dict[str, Any]) -> list[Callable[[str], None]]:
+    """The functions ``check_*`` of a module, which take the device to check on."""
+    return [check for name, check in sorted(module.items()) if name.startswith("check_")]
+
+
+def name_of(check: Callable[[str], None]) -> str:
+    return check.__name__.removeprefix("check_")
+
+
 def gpu_cases(checks: Sequence[Callable[[str], None]]) -> list[Any]:
     """The checks as parameters of a test on a GPU. Properties come in PROPERTY_SHARDS copies, each with examples of its
     own, so that processes can share the work."""
     cases = []
     for check in checks:
-        name = check.__name__.removeprefix("check_")
+        name = name_of(check)
         for shard in range(_SHARDS if is_hypothesis_test(check) else 1):
             cases.append(pytest.param(check, id=f"{name}-{shard}" if shard else name))
     return cases

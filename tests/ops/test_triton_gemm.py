@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -25,7 +24,7 @@ from torch_fp4ops.testing import Sample, assert_matmul_close, assert_right, samp
 from torch_fp4ops.testing.samples import values
 from torch_fp4ops.testing.strategies import row_counts
 
-from ..interpreter import Interpreter, few, gpu_cases
+from ..interpreter import checks_of, few, gpu_cases, name_of
 from .test_triton_quantize import poisoned_memory
 
 pytest.importorskip("triton", reason="needs Triton")
@@ -291,21 +290,10 @@ def check_activation_scales_of_experts(device: str) -> None:
     assert_right(op, Sample("scales", args, found.kwargs).map_tensors(lambda t: t.to(device)), "triton")
 
 
-CHECKS = [check for name, check in sorted(globals().items()) if name.startswith("check_")]
+CHECKS = checks_of(globals())
 
 
-def _name(check: Any) -> str:
-    return check.__name__.removeprefix("check_")
-
-
-@pytest.fixture(scope="module")
-def interpreter() -> Iterator[Interpreter]:
-    interpreter = Interpreter()
-    yield interpreter
-    interpreter.close()
-
-
-@pytest.mark.parametrize("check", CHECKS, ids=_name)
+@pytest.mark.parametrize("check", CHECKS, ids=name_of)
 def test_in_the_interpreter(interpreter, check):
     interpreter(check, "cpu")
 

@@ -26,7 +26,7 @@ from torch_fp4ops.testing import assert_right, assert_same_bytes, samples
 from torch_fp4ops.testing.samples import values
 from torch_fp4ops.testing.strategies import matrices
 
-from ..interpreter import Interpreter, few, gpu_cases
+from ..interpreter import checks_of, few, gpu_cases, name_of
 
 pytest.importorskip("triton", reason="needs Triton")
 
@@ -323,21 +323,10 @@ def check_every_shipped_tiling(device: str) -> None:
                     assert_same_bytes(b, a, f"{fmt.name} {layout} {rows}x{blocks}")
 
 
-CHECKS = [check for name, check in sorted(globals().items()) if name.startswith("check_")]
+CHECKS = checks_of(globals())
 
 
-def _name(check: Any) -> str:
-    return check.__name__.removeprefix("check_")
-
-
-@pytest.fixture(scope="module")
-def interpreter() -> Iterator[Interpreter]:
-    interpreter = Interpreter()
-    yield interpreter
-    interpreter.close()
-
-
-@pytest.mark.parametrize("check", CHECKS, ids=_name)
+@pytest.mark.parametrize("check", CHECKS, ids=name_of)
 def test_in_the_interpreter(interpreter, check):
     interpreter(check, "cpu")
 
