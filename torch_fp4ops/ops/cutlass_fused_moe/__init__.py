@@ -10,7 +10,7 @@ from ...contracts import Call, Out
 from ...formats import MXFP8, NVFP4
 from ...registry import op
 from ...selection import Preference
-from .. import _scales
+from .. import _preferences, _scales
 from . import _modes
 from ._reference import fused_moe
 
@@ -144,10 +144,8 @@ def _check_values(call: Call) -> None:
             call.require(fine, f"quant_scales[{i}] ({name})", t.tolist(), "finite values above zero")
 
 
-# FlashInfer is asked from 10.0 on only, so that other GPUs never wait for its import.
-_BLACKWELL = "kernels made for the hardware's FP4 tensor cores; not measured by this project"
 _PREFERENCES = (
-    Preference("flashinfer", "cuda", _BLACKWELL, (10, 0)),
+    _preferences.FLASHINFER,
     Preference(
         "triton",
         "cuda",

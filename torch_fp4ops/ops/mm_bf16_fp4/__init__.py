@@ -11,7 +11,7 @@ from ...contracts import Call, Out
 from ...formats import MXFP4, NVFP4
 from ...registry import op
 from ...selection import Preference
-from .. import _matmul, _scales
+from .. import _matmul, _preferences, _scales
 
 _FORMATS = {f.block_size: f for f in (NVFP4, MXFP4)}
 
@@ -35,10 +35,8 @@ def _contract(call: Call) -> Out:
     return Out((m, n), call.out_dtype or call.a.dtype)
 
 
-# FlashInfer is asked from 10.0 on only, so that other GPUs never wait for its import.
-_BLACKWELL = "kernels made for the hardware's FP4 tensor cores; not measured by this project"
 _PREFERENCES = (
-    Preference("flashinfer", "cuda", _BLACKWELL, (10, 0)),
+    _preferences.FLASHINFER,
     Preference(
         "triton",
         "cuda",

@@ -12,10 +12,8 @@ from torch import Tensor
 
 from ...contracts import Call
 from .. import _flashinfer
+from .._flashinfer_gemm import BLACKWELL, CUDNN_GRAPH, DSL
 from . import mm_bf16_fp4
-
-_BLACKWELL = (100, 103, 107, 110, 120, 121)
-_DSL = "compile a kernel with CuTe DSL"
 
 
 def _kernel(choice: str, *capabilities: int, **more: object) -> _flashinfer.Kernel:
@@ -23,9 +21,9 @@ def _kernel(choice: str, *capabilities: int, **more: object) -> _flashinfer.Kern
 
 
 KERNELS = {
-    "cudnn": _kernel("cudnn", *_BLACKWELL, packages=("cudnn",), at_run_time="build a cuDNN graph"),
-    "cute-dsl": _kernel("cute-dsl", 100, 103, 107, 120, 121, packages=("cutlass",), at_run_time=_DSL),
-    "cute-dsl-native": _kernel("cute-dsl-native", 120, 121, packages=("cutlass",), at_run_time=_DSL),
+    "cudnn": _kernel("cudnn", *BLACKWELL, packages=("cudnn",), at_run_time=CUDNN_GRAPH),
+    "cute-dsl": _kernel("cute-dsl", 100, 103, 107, 120, 121, packages=("cutlass",), at_run_time=DSL),
+    "cute-dsl-native": _kernel("cute-dsl-native", 120, 121, packages=("cutlass",), at_run_time=DSL),
     "blackwell-native": _kernel("blackwell-native", 100, 103, at_run_time="compile FlashInfer's kernel"),
     "blackwell-tiled": _kernel("blackwell-tiled", 100, 103, at_run_time="compile FlashInfer's kernel"),
 }

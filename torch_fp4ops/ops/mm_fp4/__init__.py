@@ -11,7 +11,7 @@ from ...contracts import Call, Out
 from ...formats import MXFP4, NVFP4
 from ...registry import op
 from ...selection import Preference
-from .. import _matmul, _scales
+from .. import _matmul, _preferences, _scales
 
 
 def _contract(call: Call) -> Out:
@@ -38,11 +38,9 @@ def a_layout(use_8x4_sf_layout: bool) -> str:
     return scale_layouts.SWIZZLED_8X4 if use_8x4_sf_layout else scale_layouts.SWIZZLED_128X4
 
 
-# FlashInfer is asked from 10.0 on only, so that other GPUs never wait for its import.
-_BLACKWELL = "kernels made for the hardware's FP4 tensor cores; not measured by this project"
 _PREFERENCES = (
-    Preference("flashinfer", "cuda", _BLACKWELL, (10, 0)),
-    Preference("trtllm", "cuda", "reads b_layout='trtllm'", (10, 0)),
+    _preferences.FLASHINFER,
+    _preferences.TRTLLM,
     Preference(
         "triton",
         "cuda",

@@ -7,48 +7,24 @@ from torch import Tensor
 
 from ...contracts import Call
 from .. import _flashinfer
-from .._matmul import PLAIN, TRTLLM
+from .. import _flashinfer_gemm as gemm
 from . import mm_fp4
 
-_BLACKWELL = (100, 103, 107, 110, 120, 121)
-_CUTLASS = dict.fromkeys(_BLACKWELL, "fp4_gemm_cutlass") | {
+_CUTLASS = dict.fromkeys(gemm.BLACKWELL, "fp4_gemm_cutlass") | {
     103: "fp4_gemm_cutlass_sm103",
     120: "fp4_gemm_cutlass_sm120",
     121: "fp4_gemm_cutlass_sm120",
 }
-_DSL = "compile a kernel with CuTe DSL"
-
-
-def _kernel(choice: str, *capabilities: int, **more: object) -> _flashinfer.Kernel:
-    return _flashinfer.Kernel("mm_fp4", capabilities, choice, **more)  # type: ignore[arg-type]
-
-
-KERNELS = {
-    # FlashInfer's own choice, by capability, size and CUDA version, among those that read plain weights.
-    "flashinfer": _kernel("auto", *_BLACKWELL, modules=_CUTLASS),
-    "cutlass": _kernel("cutlass", *_BLACKWELL, modules=_CUTLASS),
-    "cudnn": _kernel("cudnn", *_BLACKWELL, packages=("cudnn",), at_run_time="build a cuDNN graph"),
-    "trtllm": _kernel(
-        "trtllm", 100, 103, 107, modules={100: "trtllm_gemm", 103: "trtllm_gemm", 107: "trtllm_gemm_sm107"}, cubins=True
-    ),
-    "cute-dsl": _kernel("cute-dsl", 100, 103, 107, 120, 121, packages=("cutlass",), at_run_time=_DSL),
-    "cutedsl_low_latency": _kernel("cutedsl_low_latency", 100, 103, 107, packages=("cutlass",), at_run_time=_DSL),
-    "b12x": _kernel("b12x", 120, 121, packages=("cutlass",), at_run_time=_DSL),
-}
+KERNELS = gemm.kernels("mm_fp4", _CUTLASS, cute_dsl=(100, 103, 107, 120, 121))
 
 
 def _unsupported(call: Call, name: str) -> str | None:
     (m, packed_k), n = call.a.shape, call.b.shape[1]
     k, nvfp4 = 2 * packed_k, call.use_nvfp4
-    reads = TRTLLM if name == "trtllm" else PLAIN
-    if call.b_layout != reads:
-        return f"{name} reads weights of b_layout={reads!r}, not {call.b_layout!r}; see prepare_fp4_weight"
-    if not m or not n:
-        return "FlashInfer's kernels need a row and a column"
-    if call.out_dtype == torch.float32:
-        return "FlashInfer gives bfloat16 and float16, not float32"
-    if call.use_8x4_sf_layout and name != "trtllm":
-        return f"{name} reads scales of a in the 128x4 layout only"
+    empty = None if m and n else "FlashInfer's kernels need a row and a column"
+    reason = gemm.why_not(call, name, empty)
+    if reason is not None:
+        return reason
     if nvfp4 and call.alpha is None:
         return "FlashInfer's NVFP4 kernels read alpha: pass torch.ones(1) for none"
     if call.alpha is not None and call.alpha.numel() != 1:

@@ -11,7 +11,7 @@ from ...contracts import Call, Out
 from ...formats import MXFP8
 from ...registry import op
 from ...selection import Preference
-from .. import _matmul, _scales
+from .. import _matmul, _preferences, _scales
 from ..mm_fp4 import a_layout
 
 
@@ -34,11 +34,9 @@ def _contract(call: Call) -> Out:
     return Out((m, n), call.out_dtype)
 
 
-# FlashInfer is asked from 10.0 on only, so that other GPUs never wait for its import.
-_BLACKWELL = "kernels made for the hardware's FP4 tensor cores; not measured by this project"
 _PREFERENCES = (
-    Preference("flashinfer", "cuda", _BLACKWELL, (10, 0)),
-    Preference("trtllm", "cuda", "reads b_layout='trtllm'", (10, 0)),
+    _preferences.FLASHINFER,
+    _preferences.TRTLLM,
     Preference(
         "triton",
         "cuda",
