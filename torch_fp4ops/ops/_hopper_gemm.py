@@ -353,8 +353,9 @@ def matmul_kernel(
     d = (x_desc, codes_desc, scales_desc)
     s = (xs, codes, scales, full, empty)
     if TMA_STORE:
-        d = (*d, out_desc)  # type: ignore[assignment]
-        s = (*s, gl.allocate_shared_memory(out.dtype.element_ty, [SUBS, BM, 64], out_desc.layout))  # type: ignore[assignment]
+        result = gl.allocate_shared_memory(out.dtype.element_ty, [SUBS, BM, 64], out_desc.layout)
+        d = d + (out_desc,)  # type: ignore[assignment]  # noqa: RUF005
+        s = s + (result,)  # type: ignore[assignment]  # noqa: RUF005
     if KW > 1:
         SWIZZLED: gl.constexpr = gl.SwizzledSharedLayout(2, 1, 4, [1, 0])
         parts = gl.allocate_shared_memory(gl.float32, [SUBS * (KW - 1), 64, BM], SWIZZLED)
@@ -363,7 +364,7 @@ def matmul_kernel(
         for i in gl.static_range(SUBS):
             mbarrier.init(given.index(i), count=KW - 1)
             mbarrier.init(taken.index(i), count=1)
-        s = (*s, parts, given, taken)  # type: ignore[assignment]
+        s = s + (parts, given, taken)  # type: ignore[assignment]  # noqa: RUF005
     fence_async_shared()
     gl.warp_specialize([
         (_group0, (d, s, out, sums, alpha, M, N, tiles_m, tiles_n, TRIPS, C)),
