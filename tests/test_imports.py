@@ -20,6 +20,7 @@ LAYERS = (
         "codecs",
         "block_quantization",
         "scale_layouts",
+        "hopper_layout",
         "weight_layouts",
         "prepared_weights",
         "contracts",
