@@ -176,7 +176,7 @@ def nvfp4_kv_quantize_store(tokens: int, heads: int, dim: int, kv_layout: str = 
 # GEMMs
 
 
-def _gemm(op_name: str, fmt: str, m: int, n: int, k: int, **more: Any) -> Case:
+def gemm(op_name: str, fmt: str, m: int, n: int, k: int, **more: Any) -> Case:
     def build(device: torch.device, g: torch.Generator) -> Sample:
         a = inputs.activations(g, op_name, fmt, m, k)
         return inputs.gemm(op_name, a, inputs.Weight.random(g, fmt, n, k), inputs.alpha_of(fmt, device))
@@ -187,15 +187,15 @@ def _gemm(op_name: str, fmt: str, m: int, n: int, k: int, **more: Any) -> Case:
 
 
 def mm_bf16_fp4(m: int, n: int, k: int, fmt: str = "nvfp4", **more: Any) -> Case:
-    return _gemm("mm_bf16_fp4", fmt, m, n, k, **more)
+    return gemm("mm_bf16_fp4", fmt, m, n, k, **more)
 
 
 def mm_fp4(m: int, n: int, k: int, fmt: str = "nvfp4", **more: Any) -> Case:
-    return _gemm("mm_fp4", fmt, m, n, k, dtype=fmt, **more)
+    return gemm("mm_fp4", fmt, m, n, k, dtype=fmt, **more)
 
 
 def mm_mxfp8(m: int, n: int, k: int, **more: Any) -> Case:
-    return _gemm("mm_mxfp8", "mxfp8", m, n, k, dtype="mxfp8", **more)
+    return gemm("mm_mxfp8", "mxfp8", m, n, k, dtype="mxfp8", **more)
 
 
 def routing(tokens: int, experts: int, top_k: int) -> tuple[Tensor, Tensor]:

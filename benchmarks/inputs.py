@@ -120,7 +120,7 @@ def gemm(op_name: str, a: tuple[Tensor, ...], weight: Weight, alpha: Tensor | No
 
 def for_backend(op_name: str, backend: str, sample: Sample) -> Sample:
     """The call as a backend takes it: with the weight prepared for it, where it reads no plain one."""
-    layout = PREPARED_FOR.get(backend)
+    layout = PREPARED_FOR.get(backend) if op_name.startswith("mm_") else None
     if layout is None:
         return sample
     a = sample.args[:1] if op_name == "mm_bf16_fp4" else (sample.args[0], sample.args[2])

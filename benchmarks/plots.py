@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import peers
+from . import peers, table
 from .report import CEILING, Row, ceilings_of
 
 # One colour and marker a backend in every figure (the palette is Okabe and Ito's, for all kinds of colour vision).
@@ -20,6 +20,9 @@ STYLES = {
     "flashinfer-direct": ("#CC79A7", "P"),
     "gemlite": ("#56B4E9", "X"),
     "torchao": ("#B8A800", "*"),
+    "gluon": ("#882255", "s"),
+    "marlin": ("#44AA99", "X"),
+    "triton_kernels": ("#999933", "P"),
 }
 _OTHER = ("#000000", "x")
 _DPI = 130
@@ -31,11 +34,7 @@ _MOST_PANELS = 4
 def plot_all(rows: Sequence[Row], directory: Path) -> list[Path]:
     """Draw a figure of times for every op and family with more than one shape (matrix products by M, the rest by
     bytes), and maps of speed-ups where the shapes make a grid. Returns the files."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise SystemExit("--plot needs matplotlib: pip install matplotlib") from error
-    matplotlib.use("Agg")
+    _use_matplotlib()
     directory.mkdir(parents=True, exist_ok=True)
     written = []
     timed = [row for row in rows if row.timed and row.op != CEILING]
@@ -57,6 +56,34 @@ def plot_all(rows: Sequence[Row], directory: Path) -> list[Path]:
     return written
 
 
+def plot_gemm_table(rows: Sequence[table.Row], directory: Path) -> list[Path]:
+    """Maps of the best own backend's speed-up over cuBLAS and over Marlin, M by N x K, for each op and format."""
+    _use_matplotlib()
+    directory.mkdir(parents=True, exist_ok=True)
+    found = table.ratios(rows)
+    written = []
+    for group in dict.fromkeys(row.group for row in rows):
+        mine = [row for row in rows if row.group == group and row.own and row.timed]
+        for baseline, name in ((table.BASELINE, "vs_cublas"), (table.RIVAL, "vs_marlin")):
+            grid: Grid = {}
+            for row in mine:
+                cell = row.m, _column(row)
+                if row in found[name]:
+                    grid[cell] = max(found[name][row], grid.get(cell, 0.0))
+            if grid:
+                path = directory / f"{'-'.join(group)}-table-vs-{baseline}.png"
+                written.append(_save(_speed_up_map, path, mine, baseline, grid))
+    return written
+
+
+def _use_matplotlib() -> None:
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise SystemExit("--plot needs matplotlib: pip install matplotlib") from error
+    matplotlib.use("Agg")
+
+
 def _save(draw: Callable[..., Any], path: Path, *arguments: Any) -> Path:
     import matplotlib.pyplot as plt
 
@@ -66,7 +93,7 @@ def _save(draw: Callable[..., Any], path: Path, *arguments: Any) -> Path:
     return path
 
 
-def _title(rows: Sequence[Row], what: str) -> str:
+def _title(rows: Sequence[Row | table.Row], what: str) -> str:
     gpus = ", ".join(sorted({row.gpu for row in rows if row.gpu}))
     return f"{rows[0].op}, {rows[0].family}\n{what} on {gpus}"
 
@@ -176,7 +203,7 @@ def _bytes_text(value: float) -> str:
 Grid = dict[tuple[int, str], float]
 
 
-def _column(row: Row) -> str:
+def _column(row: Row | table.Row) -> str:
     return f"{row.n} x {row.k}" if row.n else f"{row.k}"
 
 
@@ -210,7 +237,7 @@ def _column_order(column: str) -> tuple[int, ...]:
     return tuple(int(part) for part in column.split(" x "))
 
 
-def _speed_up_map(rows: Sequence[Row], baseline: str, grid: Grid) -> Any:
+def _speed_up_map(rows: Sequence[Row | table.Row], baseline: str, grid: Grid) -> Any:
     import matplotlib.pyplot as plt
     from matplotlib.colors import TwoSlopeNorm
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,13 +33,18 @@ def _cublas(case: Case, samples: Sequence[Sample], expected: Expected) -> Prepar
     return Prepared([lambda a=a, b=b: torch.mm(a, b.T) for a, b in sets])
 
 
-def _gemlite(weight: Weight, alpha: Tensor | None) -> Multiply:
-    """gemlite's W4A16 Triton kernels (A16W4_MXFP, A16W4_NVFP) with its own packing, in its settings for the H100."""
-    helper = imported("gemlite.helper")
-    package = imported("gemlite")
+@functools.cache
+def _tuned_gemlite() -> Any:
+    package, helper = imported("gemlite"), imported("gemlite.helper")
     tuned = Path(package.__file__).parent / "configs" / "h100.json"
     if tuned.exists():
         package.load_config(str(tuned))
+    return helper
+
+
+def _gemlite(weight: Weight, alpha: Tensor | None) -> Multiply:
+    """gemlite's W4A16 Triton kernels (A16W4_MXFP, A16W4_NVFP) with its own packing, in its settings for the H100."""
+    helper = _tuned_gemlite()
     device = str(weight.elements.device)
     blocks = weight.k // block_size(weight.fmt)
     scales = scale_layouts.unswizzle(weight.scales, weight.n, blocks, scale_layouts.SWIZZLED_128X4).contiguous()
