@@ -49,7 +49,7 @@ Step = Callable[[], Tensor]
 class Setting:
     """One way to run the step; the defaults are what ``cuda_graphs.piecewise`` and ``decoder.py`` do."""
 
-    attention: str = "custom-op"
+    attention: str = "triton-out"
     """A key of ``probe_attention.VARIANTS``."""
     runner: str = "trees"
     """"trees": Inductor's CUDA graph trees; "own": ``PartitionGraphs``; "graph": one graph of the whole step."""
@@ -69,22 +69,21 @@ _NO_MODULE_GUARDS = {"guard_filter_fn": "skip_guard_on_all_nn_modules_unsafe"}
 
 SETTINGS = {
     "now": Setting(),
+    "custom-op": Setting(attention="custom-op"),
+    "library-op": Setting(attention="library"),
+    "grouped": Setting(attention="grouped"),
+    "grouped-out": Setting(attention="grouped-out"),
+    "triton": Setting(attention="triton"),
     "no-asserts": Setting(inductor=_NO_ASSERTS),
     "static-arguments": Setting(static_arguments=True),
     "inference-mode": Setting(inference_mode=True),
     "modules-not-inlined": Setting(dynamo={"inline_inbuilt_nn_modules": False}),
     "no-module-guards": Setting(options=_NO_MODULE_GUARDS),
     "no-guards": Setting(skip_guards=True),
-    "library-op": Setting(attention="library"),
-    "grouped": Setting(attention="grouped"),
-    "grouped-out": Setting(attention="grouped-out"),
-    "triton": Setting(attention="triton"),
-    "triton-out": Setting(attention="triton-out"),
-    "triton-out-static": Setting(attention="triton-out", static_arguments=True, inductor=_NO_ASSERTS),
     "own": Setting(runner="own"),
-    "own-triton-out": Setting(attention="triton-out", runner="own"),
-    "own-no-module-guards": Setting(attention="triton-out", runner="own", options=_NO_MODULE_GUARDS),
-    "own-no-guards": Setting(attention="triton-out", runner="own", skip_guards=True),
+    "own-custom-op": Setting(attention="custom-op", runner="own"),
+    "own-no-module-guards": Setting(runner="own", options=_NO_MODULE_GUARDS),
+    "own-no-guards": Setting(runner="own", skip_guards=True),
 }
 _WRONG = 0.05  # bf16 roundings in another order reach about 0.01
 _GRAPH_LAUNCH = "cudaGraphLaunch"
