@@ -37,7 +37,7 @@ from torch import Tensor
 from torch._inductor import config as inductor_config
 
 from benchmarks import decoder, probe_attention
-from benchmarks.decode_step import WEIGHTS, _inputs, _make, kernel_time, time_step
+from benchmarks.decode_step import WEIGHTS, kernel_time, make_model, step_inputs, time_step
 from benchmarks.partition_graphs import PartitionGraphs
 from torch_fp4ops import set_backend
 from torch_fp4ops.cuda_graphs import piecewise, warmup
@@ -193,8 +193,8 @@ def _options_of(split: list[str]) -> dict[str, Any]:
 
 def measure(name: str, setting: Setting, weights: str, batch: int, shape: decoder.Shape, profile: bool) -> Row:
     row = Row(name, weights, batch, setting.attention)
-    model = _make(weights, shape, "cuda")
-    given = _inputs(batch, shape, "cuda")
+    model = make_model(weights, shape, "cuda")
+    given = step_inputs(batch, shape, "cuda")
     attention = probe_attention.VARIANTS[setting.attention]
     try:
         with torch.no_grad():

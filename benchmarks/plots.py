@@ -76,6 +76,50 @@ def plot_gemm_table(rows: Sequence[table.Row], directory: Path) -> list[Path]:
     return written
 
 
+def plot_tokens_per_second(rows: Sequence[Any], directory: Path) -> Path:
+    """A panel for each phase of ``end_to_end.py``: tokens per second by batch, with the speed-up over bf16."""
+    _use_matplotlib()
+    directory.mkdir(parents=True, exist_ok=True)
+    return _save(_tokens_per_second, directory / "end-to-end.png", [row for row in rows if row.us > 0])
+
+
+def _tokens_per_second(rows: Sequence[Any]) -> Any:
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    phases = list(dict.fromkeys(row.phase for row in rows))
+    figure, grid = plt.subplots(
+        1, len(phases), figsize=(1.2 + 4.6 * len(phases), 4.6), squeeze=False, layout="constrained"
+    )
+    handles: dict[str, Any] = {}
+    for axes, phase in zip(grid[0], phases, strict=True):
+        kinds = list(dict.fromkeys(row.weights for row in rows))
+        batches = sorted({row.batch for row in rows if row.phase == phase})
+        for i, kind in enumerate(kinds):
+            mine = {row.batch: row for row in rows if (row.phase, row.weights) == (phase, kind)}
+            x = [j + (i - (len(kinds) - 1) / 2) * 0.8 / len(kinds) for j, b in enumerate(batches) if b in mine]
+            y = [mine[b].tokens_per_s for b in batches if b in mine]
+            colour = STYLES["cublas-bf16" if kind == "bf16" else "triton"][0]
+            handles[kind] = axes.bar(x, y, 0.8 / len(kinds), color=colour)
+            for place, height, batch in zip(x, y, [b for b in batches if b in mine], strict=True):
+                if kind != "bf16" and mine[batch].speed_up > 0:
+                    text = f"{mine[batch].speed_up:.2f}x"
+                    axes.annotate(text, (place, height), xytext=(0, 2), textcoords="offset points", ha="center")
+        axes.set_xticks(range(len(batches)), [str(b) for b in batches])
+        axes.set_yscale("log")
+        axes.margins(y=0.12)
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.grid(True, axis="y", which="major", alpha=0.35)
+        axes.set_title(phase, fontsize=12)
+        axes.set_xlabel("sequences", fontsize=11.5)
+        axes.set_ylabel("tokens per second", fontsize=11.5)
+    gpus = ", ".join(sorted({row.gpu for row in rows}))
+    figure.suptitle(f"tokens per second, each step one graph, on {gpus}", fontsize=13)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2, fontsize=10.5, frameon=False)
+    return figure
+
+
 def _use_matplotlib() -> None:
     try:
         import matplotlib
