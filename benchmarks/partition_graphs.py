@@ -4,13 +4,11 @@ Inductor's CUDA graph trees look, at each replay of each partition, at which out
 at the addresses of inputs in several steps, and at settings. Where the same partitions run in one order every time,
 and the caller keeps no output beyond the next call, only addresses have to be looked at. Partitions are handed over by
 ``torch._inductor.utils.set_customized_partition_wrappers``, which torch calls unstable.
-
-It does not notice an argument that is neither a parameter nor a buffer and is written in place; ``piecewise`` raises.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -49,7 +47,7 @@ class PartitionGraphs:
         self._size = size if left is not None else None
         self._capturing = left == 1
         if self._capturing:
-            self._fixed = {_address(t) for t in (*self.function.parameters(), *self.function.buffers())}
+            self._fixed = {_address(t) for t in self._tensors_of_the_function()}
         set_customized_partition_wrappers(self._wrap)
         try:
             out = self._compiled(*args)
@@ -59,7 +57,13 @@ class PartitionGraphs:
             self._left_to_do[size] = left - 1
         return out
 
+    def _tensors_of_the_function(self) -> Iterator[Tensor]:
+        if isinstance(self.function, torch.nn.Module):
+            yield from self.function.parameters()
+            yield from self.function.buffers()
+
     def _wrap(self, partition: Partition, metadata: Any) -> Partition:
+        _require_fixed_addresses()
         graphs: dict[int, CapturedPartition] = {}
 
         def run(inputs: list[Any]) -> Any:
@@ -88,7 +92,7 @@ class CapturedPartition:
 
     def __init__(self, partition: Partition, inputs: list[Any], fixed: set[int], capture: Callable[..., Any]):
         tensors = [(i, t) for i, t in enumerate(inputs) if isinstance(t, Tensor)]
-        moving = [i for i, t in tensors if _address(t) not in fixed]
+        moving = [i for i, t in tensors if _address(t) not in fixed and not _marked_static(t)]
         given = list(inputs)
         self._buffers = [torch.empty_like(inputs[i]).copy_(inputs[i]) for i in moving]
         for i, buffer in zip(moving, self._buffers, strict=True):
@@ -118,6 +122,24 @@ class CapturedPartition:
         inputs.clear()
         self._graph.replay()
         return self._outputs
+
+
+def _require_fixed_addresses() -> None:
+    """While the function is compiled: raise if it writes into an argument that may be elsewhere at the next call."""
+    context = torch._guards.TracingContext.try_get()
+    metadata = context.fw_metadata if context is not None else None
+    if metadata is None:
+        raise RuntimeError("torch does not say which arguments are written in place, so nothing is captured")
+    written = {i for i, info in enumerate(metadata.input_info) if info.mutates_data or info.mutates_storage_metadata}
+    if not written <= set(metadata.static_input_indices):
+        raise RuntimeError(
+            "a tensor that is neither a parameter nor a buffer is written in place; mark it by "
+            "torch._dynamo.mark_static_address"
+        )
+
+
+def _marked_static(t: Tensor) -> bool:
+    return getattr(t, "_dynamo_static_input_type", None) is not None
 
 
 def _address(t: Tensor) -> int:
