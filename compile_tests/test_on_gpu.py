@@ -11,6 +11,7 @@ from torch._inductor import config as inductor_config
 from torch._inductor.utils import run_and_get_code
 
 from benchmarks import decoder
+from benchmarks.partition_graphs import PartitionGraphs
 from torch_fp4ops import OPS, explain, set_backend
 from torch_fp4ops.cuda_graphs import FirstUseInCapture, pad_to, piecewise, record_decisions, warmup
 from torch_fp4ops.nn import quantize_
@@ -122,6 +123,24 @@ def test_a_decoder_in_pieces_equals_itself_without_graphs(kv_cache):
     assert recorded_graphs() == SHAPE.layers + 1
     model.clear()
     torch.testing.assert_close(wanted[0], model(*step_inputs(4)), atol=0.1, rtol=0.1)
+
+
+@pytest.mark.parametrize("kv_cache", ["nvfp4", "bf16"])
+def test_the_candidate_runner_gives_what_the_parts_give_without_graphs(kv_cache):
+    model = quantized_decoder(kv_cache)
+
+    def decode(step, batch: int) -> list[Tensor]:
+        model.clear()
+        return [step(*step_inputs(batch, i)).clone() for i in range(6)]
+
+    sizes = (4, 2)
+    plain, pieces = (PartitionGraphs(model, listed, [decoder.ATTENTION], {}) for listed in ((), sizes))
+    wanted = {batch: decode(plain, batch) for batch in (*sizes, 3)}
+    torch._dynamo.reset()
+    for batch in (*sizes, 3, *sizes):
+        decode(pieces, batch)
+        for given, expected in zip(decode(pieces, batch), wanted[batch], strict=True):
+            assert_same_bytes(given, expected)
 
 
 def test_a_mixture_of_experts_in_pieces_equals_itself_without_graphs():

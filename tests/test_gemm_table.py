@@ -150,6 +150,22 @@ def test_without_a_gpu_it_says_so(capsys, monkeypatch):
     assert "allowed: mm_bf16_fp4" in capsys.readouterr().err
 
 
+@pytest.mark.gpu
+def test_a_small_table_on_a_gpu(tmp_path, capsys):
+    path = tmp_path / "table.csv"
+    few = ["--weights", "7168x2048", "--m", "1,256", "--backends", "triton", "--peers", "marlin"]
+    assert gemm_table.main([*few, "--csv", str(path)]) == 0
+    rows = table.read_csv(path)
+    assert {row.op for row in rows} == set(gemm_table.FORMATS)
+    for row in rows:
+        if row.backend == "marlin":
+            assert row.timed or row.status.startswith("not installed")
+        else:
+            assert row.status == "ok"
+            assert row.us > 0.8 * row.floor_us
+            assert row.cublas_us > 0
+
+
 # Inputs and peers
 
 

@@ -78,7 +78,7 @@ def _triton_kernels(weight: Weight, alpha: Tensor | None) -> Multiply:
     swizzled = tensors.convert_layout(swizzled, of_scales, **scale_options)
     flex = ogs.FlexCtx(rhs_data=numerics.InFlexData())
     precision = ogs.PrecisionConfig(weight_scale=swizzled, flex_ctx=flex)
-    return lambda a: ogs.matmul_ogs(a, values, None, precision_config=precision)
+    return lambda a: ogs.matmul_ogs(a, values, None, precision_config=precision).view(-1, weight.n)
 
 
 WEIGHT_ONLY = (
