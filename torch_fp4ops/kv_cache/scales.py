@@ -62,6 +62,11 @@ class KVScales:
     def __len__(self) -> int:
         return len(self.k)
 
+    def layer(self, layer_id: int) -> KVScales:
+        """One layer's, as scales of a model with one layer."""
+        one = slice(layer_id, layer_id + 1)
+        return KVScales(self.k[one], self.v[one], self.convention)
+
     def to_convention(self, convention: str) -> KVScales:
         """Scales of the same magnitudes in another convention."""
         require_convention("KVScales.to_convention", convention)
