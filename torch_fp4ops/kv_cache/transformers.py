@@ -152,14 +152,14 @@ class FP4DynamicLayer(DynamicLayer):
 
     def crop(self, tokens_to_remove: int) -> None:
         length = self.get_seq_length()
-        if not -length <= tokens_to_remove <= 0:
+        if tokens_to_remove > 0 or (self.is_initialized and length + tokens_to_remove < 0):
             raise ValueError(f"FP4Cache: tokens_to_remove is {tokens_to_remove}; allowed: {-length} to 0")
+        if not self.is_initialized:
+            return
         left = length + tokens_to_remove
-        for i, t in enumerate(self._stored):
-            self._stored[i] = t[..., :left, :]
-        if self.is_initialized:
-            recent = max(left - self._stored[0].shape[-2], 0)
-            self.keys, self.values = self.keys[..., :recent, :], self.values[..., :recent, :]
+        self._stored = [t[..., :left, :] for t in self._stored]
+        recent = max(left - self._stored[0].shape[-2], 0)
+        self.keys, self.values = self.keys[..., :recent, :], self.values[..., :recent, :]
 
     def _for_all(self, change: Any) -> None:
         if self.is_initialized:
