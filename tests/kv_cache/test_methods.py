@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from torch_fp4ops import fp4_quantize, nvfp4_kv_dequantize, nvfp4_kv_quantize
-from torch_fp4ops.block_quantization import dequantize_blocks
+from torch_fp4ops.block_quantization import dequantize_blocks, quantize_mx
 from torch_fp4ops.codecs import decode_e2m1, unpack_e2m1
-from torch_fp4ops.formats import MXFP4
+from torch_fp4ops.formats import BLOCKFP4, MXFP4
 from torch_fp4ops.kv_cache import (
     FP4KVCacheQuantMethod,
     KVScales,
@@ -71,6 +71,36 @@ def test_what_is_stored_is_what_is_read(name, layout, index, pages, page, heads,
     for out, target in zip(method.dequantize_prev_kv(buffers, 1), wanted, strict=True):
         out = out if layout == "NHD" else out.transpose(1, 2)
         assert torch.equal(out.reshape(target.shape), target)
+
+
+@pytest.mark.parametrize("layout", ["NHD", "HND"])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_ops_on_pages_agree_with_the_pair(name, layout):
+    """Stored by an operator or by quantize and a write; read in order, and attended to."""
+    method, new = calibrated(name), [values(i, 10, 2, 64) for i in range(2)]
+    both = method.create_buffers(24, 2, 64, 2, "cpu", page_size=4, kv_layout=layout)
+    loc = torch.tensor([8, 9, 10, 11, 20, 21, -1, 0, 1, 2])
+    method.quantize_and_store(both[0], loc, *new, layer_id=1)
+    FP4KVCacheQuantMethod._store(method, both[1], loc, *new, *method.global_scales(1))
+    for field in ("k", "v", "k_sf", "v_sf"):
+        assert_same_bytes(getattr(both[0], field), getattr(both[1], field), field)
+
+    tables, lengths = torch.tensor([[2, 5], [0, 3]]), torch.tensor([6, 3])
+    keys, vals = method.dequantize_paged(both[0], tables, lengths, 1)
+    slots = torch.tensor([8, 9, 10, 11, 20, 21])
+    for out, wanted in zip((keys, vals), method.dequantize_prev_kv(both[0], 1, slots), strict=True):
+        assert torch.equal(out[0, :6], wanted)
+        assert not out[1, 3:].any()
+    q = values(7, 2, 4, 64)
+    assert not method.needs_workspace_to_decode(64)
+    assert method.needs_workspace_to_decode(96)
+    out = method.decode_attention(q, both[0], tables, lengths, 1, sm_scale=0.5)
+    for i, n in enumerate(lengths):
+        k, v = (x[i, :n].transpose(0, 1).float() for x in (keys, vals))
+        wanted = torch.nn.functional.scaled_dot_product_attention(
+            q[i].float().unsqueeze(1), k, v, scale=0.5, enable_gqa=True
+        )
+        torch.testing.assert_close(out[i].float(), wanted.squeeze(1), atol=0.02, rtol=0.02)
 
 
 def test_nvfp4_is_the_ops():
@@ -152,17 +182,24 @@ def test_a_method_of_ones_own(monkeypatch):
     monkeypatch.setattr(methods, "_METHODS", dict(methods._METHODS))
 
     @register_fp4_kv_cache_quant_method
-    class Coarse(methods.BlockFP4KVMethod):
-        name = "coarse"
+    class Coarse(FP4KVCacheQuantMethod):
+        name, format = "coarse", BLOCKFP4
 
         def quantize(self, x, global_scale):
-            return super().quantize(x.round(), global_scale)
+            return quantize_mx(x.round(), self.format)
+
+        def dequantize(self, codes, scales, global_scale, dtype):
+            return dequantize_blocks(codes, scales, self.format).to(dtype)
 
     method = get_fp4_kv_cache_quant_method("coarse")
     (buffers,) = method.create_buffers(4, 1, 16, 1, "cpu")
     new = torch.full((1, 1, 16), 1.4)
     method.quantize_and_store(buffers, torch.tensor([2]), new, new)
     assert torch.equal(method.dequantize_prev_kv(buffers, loc=torch.tensor([2]))[0], torch.ones(1, 1, 16).bfloat16())
+    assert method.needs_workspace_to_decode(128)
+    for call in (method.dequantize_paged, lambda *a: method.decode_attention(new, *a)):
+        with pytest.raises(NotImplementedError, match="coarse: no .*operator reads .*; use dequantize_prev_kv"):
+            call(buffers, torch.zeros(1, 1).int(), torch.zeros(1).int())
     with pytest.raises(ValueError, match="there is a method named 'coarse' already"):
         register_fp4_kv_cache_quant_method(Coarse)
     with pytest.raises(ValueError, match=r"name is 'fp4'; allowed: 'nvfp4' or 'mxfp4' or 'fp4_mx_block16' or 'coarse'"):
@@ -210,8 +247,17 @@ def test_buffers_of_another_method_or_convention():
     other = get_fp4_kv_cache_quant_method("nvfp4", scale_convention="amax/448")
     with pytest.raises(ValueError, match=r"scale_convention is 'amax/2688'; allowed: 'amax/448'"):
         other.dequantize_prev_kv(buffers)
-    with pytest.raises(ValueError, match=r"v_sf_layout is 'interleaved'; allowed: 'linear'"):
-        nvfp4.dequantize_prev_kv(buffers.with_v_scales("interleaved"))
+    interleaved, tables, lengths = buffers.with_v_scales("interleaved"), torch.zeros(1, 1).int(), torch.ones(1).int()
+    for call in (
+        lambda: nvfp4.dequantize_prev_kv(interleaved),
+        lambda: nvfp4.quantize_and_store(interleaved, LOC, NEW, NEW),
+        lambda: nvfp4.dequantize_paged(interleaved, tables, lengths),
+        lambda: nvfp4.decode_attention(values(0, 1, 2, 64), interleaved, tables, lengths),
+    ):
+        with pytest.raises(
+            ValueError, match=r"nvfp4.\w+: the buffers' v_sf_layout is 'interleaved'; allowed: 'linear'"
+        ):
+            call()
     assert not buffers.k.any()
 
 

@@ -10,8 +10,8 @@ import torch
 transformers = pytest.importorskip("transformers")
 
 from torch_fp4ops.block_quantization import dequantize_blocks, quantize_mx, quantize_nvfp4  # noqa: E402
-from torch_fp4ops.formats import MXFP4, NVFP4  # noqa: E402
-from torch_fp4ops.kv_cache import BLOCK_FP4, KVScales  # noqa: E402
+from torch_fp4ops.formats import BLOCKFP4, MXFP4, NVFP4  # noqa: E402
+from torch_fp4ops.kv_cache import KVScales  # noqa: E402
 from torch_fp4ops.kv_cache.transformers import FP4Cache, calibrate_kv_scales  # noqa: E402
 
 LAYERS, VOCABULARY = 2, 97
@@ -57,7 +57,7 @@ def by_hand(method: str) -> transformers.Cache:
     def through_four_bits(x, amax):
         if method == "nvfp4":
             return dequantize_blocks(*quantize_nvfp4(x, 2688 / amax, amax / 2688), NVFP4, amax / 2688).to(x.dtype)
-        fmt = MXFP4 if method == "mxfp4" else BLOCK_FP4
+        fmt = MXFP4 if method == "mxfp4" else BLOCKFP4
         return dequantize_blocks(*quantize_mx(x, fmt), fmt).to(x.dtype)
 
     class Layer(transformers.cache_utils.DynamicLayer):

@@ -5,11 +5,10 @@
 
 from __future__ import annotations
 
+from .base import FP4KVCacheQuantMethod
 from .buffers import KV_LAYOUTS, V_SCALE_LAYOUTS, KVBuffers
 from .methods import (
-    BLOCK_FP4,
     BlockFP4KVMethod,
-    FP4KVCacheQuantMethod,
     MXFP4KVMethod,
     NVFP4KVMethod,
     get_fp4_kv_cache_quant_method,
@@ -18,7 +17,6 @@ from .methods import (
 from .scales import SCALE_CONVENTIONS, KVScales
 
 __all__ = [
-    "BLOCK_FP4",
     "KV_LAYOUTS",
     "SCALE_CONVENTIONS",
     "V_SCALE_LAYOUTS",

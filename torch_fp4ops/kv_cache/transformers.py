@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
+from .base import FP4KVCacheQuantMethod
 from .buffers import KVBuffers
-from .methods import FP4KVCacheQuantMethod, get_fp4_kv_cache_quant_method
+from .methods import PagedKVMethod, get_fp4_kv_cache_quant_method
 from .scales import KVScales
 
 __all__ = ["FP4Cache", "FP4DynamicLayer", "FP4StaticLayer", "calibrate_kv_scales"]
@@ -214,7 +215,7 @@ class FP4StaticLayer(StaticLayer):
             page_size=self.max_cache_len,
             kv_layout="HND",
         )
-        self.first_slots = torch.arange(self.batch_size, device=self.device).unsqueeze(1) * self.max_cache_len
+        self.block_tables = torch.arange(self.batch_size, device=self.device).unsqueeze(1)
         self.cumulative_length = self.cumulative_length.to(self.device)
         if not torch.compiler.is_compiling():
             # Written in place by graphs that are captured.
@@ -231,10 +232,19 @@ class FP4StaticLayer(StaticLayer):
         count = key_states.shape[-2]
         positions = torch.arange(count, device=self.device) + self.cumulative_length
         # The slot after a sequence's last is the next sequence's first: one past the end of all is no one's.
-        slots = torch.where(positions < self.max_cache_len, self.first_slots + positions, self.buffers.slots)
+        slots = self.block_tables * self.max_cache_len + positions
+        slots = torch.where(positions < self.max_cache_len, slots, self.buffers.slots)
         keys, values = (x.transpose(1, 2).flatten(0, 1) for x in (key_states, value_states))
         self.method.quantize_and_store(self.buffers, slots.flatten(), keys, values)
         self.cumulative_length.add_(count)
+        return self._dequantized()
+
+    def _dequantized(self) -> tuple[Tensor, Tensor]:
+        """``[batch, heads, max_cache_len, D]``; what is not written yet is finite, and masked."""
+        if isinstance(self.method, PagedKVMethod) and self.dtype != torch.float32:
+            lengths = self.cumulative_length.repeat(self.batch_size)
+            keys, values = self.method.dequantize_paged(self.buffers, self.block_tables, lengths, dtype=self.dtype)
+            return keys.transpose(1, 2), values.transpose(1, 2)
         return self.method.dequantize_prev_kv(self.buffers, dtype=self.dtype)
 
     def _bytes(self) -> tuple[Tensor, ...]:
