@@ -82,6 +82,19 @@ def test_one_graph_for_every_step(method, backend):
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
+@torch.no_grad()
+def test_a_prompt_compiles_too_once_the_cache_is_there():
+    """``early_initialization``, as transformers has it for export and for prompts in chunks."""
+    cache, counter = cache_of("nvfp4"), CompileCounterWithBackend("aot_eager")
+    cache.early_initialization(2, 2, 64, torch.float32, torch.device("cpu"))
+    step = torch.compile(model(), fullgraph=True, backend=counter)
+    wanted = model()(prompt(), past_key_values=cache_of("nvfp4")).logits
+    torch.testing.assert_close(step(prompt(), past_key_values=cache).logits, wanted, rtol=1e-3, atol=1e-3)
+    for i in range(4):
+        step(prompt()[:, i : i + 1], past_key_values=cache)
+    assert counter.frame_count == 2  # the prompt, and every step
+
+
 def test_one_graph_in_16_bits():
     """Where the cache is read by ``nvfp4_kv_dequantize_paged``, with the rounding of bfloat16."""
     sixteen, counter = model(torch.bfloat16), CompileCounterWithBackend("aot_eager")

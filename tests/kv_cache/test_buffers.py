@@ -102,6 +102,24 @@ def test_scales_convert_and_survive_a_file(tmp_path):
     assert_same_bytes(read.v, larger.v)
 
 
+def test_scales_of_a_checkpoint():
+    tensors = {
+        f"model.layers.{i}.self_attn.{kv}_proj.{kv}_scale": torch.tensor(0.001 * (i + 1 + 20 * (kv == "v")))
+        for i in range(11)
+        for kv in "vk"
+    }
+    tensors |= {"model.layers.3.mlp.weight_scale": torch.ones(4, 4), "model.layers.99.input_scale": torch.ones(1)}
+    scales = KVScales.from_checkpoint(tensors)
+    assert scales.convention == "amax/2688"
+    torch.testing.assert_close(scales.k, torch.arange(1, 12) * 0.001)
+    torch.testing.assert_close(scales.v, torch.arange(21, 32) * 0.001)
+    del tensors["model.layers.4.self_attn.v_proj.v_scale"]
+    with pytest.raises(ValueError, match="without 4.v_scale; allowed: one of each layer from 0 on"):
+        KVScales.from_checkpoint(tensors)
+    with pytest.raises(ValueError, match="without any k_scale or v_scale"):
+        KVScales.from_checkpoint({"k_scale": torch.ones(1)})
+
+
 @pytest.mark.parametrize("metadata", [None, {"format": "pt"}])
 def test_a_file_without_a_convention_is_refused(tmp_path, metadata):
     safetensors = pytest.importorskip("safetensors.torch")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +18,9 @@ SCALE_CONVENTIONS = {"amax/2688": 2688.0, "amax/448": 448.0}
 ``amax/2688`` (448 * 6) lets block scales use E4M3 up to 448; checkpoints of ModelOpt hold it. ``amax/448`` keeps them
 below 448/6; trtllm-gen attention and FlashInfer's ``nvfp4_quantize_paged_kv_cache`` have it.
 """
+
+
+_CHECKPOINT_NAME = re.compile(r"\blayers\.(\d+)\.(?:.*\.)?([kv])_scale$")
 
 
 def require_convention(where: str, convention: str) -> None:
@@ -58,6 +63,28 @@ class KVScales:
         require_convention("KVScales.from_amax", convention)
         divisor = SCALE_CONVENTIONS[convention]
         return cls(k_amax.float() / divisor, v_amax.float() / divisor, convention)
+
+    @classmethod
+    def from_checkpoint(cls, tensors: Mapping[str, Tensor], convention: str = "amax/2688") -> KVScales:
+        """Scales of a checkpoint with an FP4 cache: its one-element tensors ``...layers.N....k_scale`` and ``v_scale``.
+
+        ModelOpt has them on ``k_proj`` and ``v_proj``, in the default convention. Other names are passed over.
+
+        Raises:
+            ValueError: no such tensor, or layers without one.
+        """
+        found: dict[str, dict[int, Tensor]] = {"k": {}, "v": {}}
+        for name, t in tensors.items():
+            match = _CHECKPOINT_NAME.search(name)
+            if match:
+                found[match[2]][int(match[1])] = t.float().reshape(1)
+        layers = range(1 + max((layer for one in found.values() for layer in one), default=-1))
+        missing = [f"{i}.{kv}_scale" for i in layers for kv in "kv" if i not in found[kv]]
+        if missing or not layers:
+            given = f"without {', '.join(missing)}" if missing else "without any k_scale or v_scale"
+            raise ValueError(f"KVScales.from_checkpoint: tensors is {given}; allowed: one of each layer from 0 on")
+        k, v = (torch.cat([found[kv][i] for i in layers]) for kv in "kv")
+        return cls(k, v, convention)
 
     def __len__(self) -> int:
         return len(self.k)
