@@ -6,6 +6,8 @@ import functools
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 transformers = pytest.importorskip("transformers")
 
@@ -101,6 +103,45 @@ def test_generate_equals_quantising_by_hand(kind):
 def test_beam_search_reorders(kind):
     options = {"num_beams": 3, "num_return_sequences": 2}
     assert torch.equal(generate(cache_of(kind), **options), generate(by_hand(kind["method"]), **options))
+
+
+@pytest.mark.parametrize("kind", KINDS[:2])
+@pytest.mark.parametrize(
+    "options", [{"prefill_chunk_size": 2}, {"prompt_lookup_num_tokens": 3}], ids=["chunks", "prompt lookup"]
+)
+def test_ways_to_generate_that_change_nothing(kind, options):
+    """A prompt in chunks; guesses that are taken back (one sequence, and a cache that grows)."""
+    guessing = "prompt_lookup_num_tokens" in options
+    if guessing and kind["max_cache_len"]:
+        pytest.skip("transformers guesses with growing caches only")
+    ids = IDS.repeat(1, 2)[:1] if guessing else IDS
+    assert torch.equal(generate(cache_of(kind), ids, **options), generate(cache_of(kind), ids))
+
+
+@settings(max_examples=25)
+@given(
+    st.sampled_from([None, 80]),
+    st.lists(st.tuples(st.sampled_from(["add", "add", "crop", "reorder"]), st.integers(0, 5)), max_size=12),
+)
+def test_any_course_of_changes(room, changes):
+    """A layer holds, after any of them, what a layer in full precision holds that was given quantised values."""
+    layer, oracle = cache_of({"max_cache_len": room}).layers[0], by_hand("nvfp4").layers[0]
+    generator = torch.Generator().manual_seed(0)
+    for kind, n in [("add", 1), *changes, ("add", 1)]:
+        length = oracle.get_seq_length()
+        if kind == "add":
+            new = torch.randn(2, 2, n + 1, 32, generator=generator)
+            out, wanted = layer.update(new, -new), oracle.update(new, -new)
+            for a, b in zip(out, wanted, strict=True):
+                assert torch.equal(a[..., : b.shape[-2], :], b)
+        elif kind == "crop" and n < length:
+            layer.crop(-n)
+            oracle.crop(-n)
+        elif kind == "reorder":
+            order = torch.tensor([[0, 1], [1, 0], [1, 1]][n % 3])
+            layer.reorder_cache(order)
+            oracle.reorder_cache(order)
+        assert int(layer.get_seq_length()) == oracle.get_seq_length()
 
 
 @pytest.mark.parametrize("kind", KINDS)
