@@ -42,6 +42,9 @@ def test_interleaving_is_undone_and_leaves_the_original_alone():
     assert_same_bytes(turned.with_v_scales("linear").v_sf, before)
     assert_same_bytes(linear.v_sf, before)
     assert linear.with_v_scales("linear") is linear
+    for wrong, layout in ((buffers(kv_layout="NHD"), "interleaved"), (linear, "swizzled")):
+        with pytest.raises(ValueError, match="KVBuffers: v_sf_layout is"):
+            wrong.with_v_scales(layout)
 
 
 B = buffers()
@@ -53,6 +56,10 @@ B = buffers()
         ({"kv_layout": "HDN"}, "kv_layout is 'HDN'; allowed: 'NHD' or 'HND'"),
         ({"v_sf_layout": "swizzled"}, "v_sf_layout is 'swizzled'; allowed: 'linear' or 'interleaved'"),
         ({"v_sf_layout": "interleaved", "kv_layout": "NHD"}, "allowed: 'interleaved' only with 'HND'"),
+        (
+            {"v_sf_layout": "interleaved", **{n: getattr(B, n)[:, :, :6] for n in ("k", "v", "k_sf", "v_sf")}},
+            "v_sf_layout is 'interleaved' with 'HND', pages of 6 and 8 scales a head; allowed",
+        ),
         ({"scale_convention": "amax/6"}, "the scale convention is 'amax/6'; allowed: 'amax/2688' or 'amax/448'"),
         ({"k": B.k.float()}, r"k is torch.float32 on cpu; allowed: torch.uint8 on cpu"),
         ({"v_sf": B.v_sf.to("meta")}, r"v_sf is torch.uint8 on meta; allowed: torch.uint8 on cpu"),

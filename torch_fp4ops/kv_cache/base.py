@@ -94,6 +94,8 @@ class FP4KVCacheQuantMethod(ABC):
     ) -> list[KVBuffers]:
         """Empty (zero) buffers for ``size`` tokens, one :class:`KVBuffers` for each layer.
 
+        Pages of one token in NHD are SGLang's ``[slots, heads, D/2]`` with a dimension of 1 after the first.
+
         Raises:
             ValueError: a size that is not whole pages, a head_dim that is not whole blocks, or an unknown layout.
         """

@@ -16,7 +16,7 @@ KV_LAYOUTS = ("NHD", "HND")
 V_SCALE_LAYOUTS = ("linear", "interleaved")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class KVBuffers:
     """The cache of one layer: packed codes, block scales, and how to read them.
 
@@ -62,8 +62,9 @@ class KVBuffers:
             raise _wrong("k_sf", f"of {blocks} scales a head", f"whole blocks of head_dim {self.head_dim}")
         if self.v_sf.shape != self.k_sf.shape:
             raise _wrong("v_sf", f"of shape {tuple(self.v_sf.shape)}", f"that of k_sf, {tuple(self.k_sf.shape)}")
-        if self.v_sf_layout == "interleaved" and self.kv_layout != "HND":
-            raise _wrong("v_sf_layout", "'interleaved' with 'NHD'", "'interleaved' only with 'HND'")
+        if self.v_sf_layout == "interleaved" and (self.kv_layout != "HND" or self.page_size % 4 or blocks % 4):
+            given = f"'interleaved' with {self.kv_layout!r}, pages of {self.page_size} and {blocks} scales a head"
+            raise _wrong("v_sf_layout", given, "'interleaved' only with 'HND' and multiples of 4")
 
     @property
     def page_size(self) -> int:
@@ -122,10 +123,12 @@ class KVBuffers:
     def with_v_scales(self, v_sf_layout: str) -> KVBuffers:
         """The buffers with V scales in a layout, in a tensor of their own; the others are shared. Itself if it has it.
 
-        Raises ValueError where interleaving is undefined: NHD, a page or ``D/block`` that is no multiple of 4.
+        Raises ValueError for an unknown layout, and where interleaving is undefined: NHD, or a page or ``D/block`` that
+        is no multiple of 4.
         """
         if v_sf_layout == self.v_sf_layout:
             return self
+        replace(self, v_sf_layout=v_sf_layout)  # refuses what can't have it
         turn = interleave_v_scales if v_sf_layout == "interleaved" else deinterleave_v_scales
         return replace(self, v_sf=turn(self.v_sf), v_sf_layout=v_sf_layout)
 

@@ -29,7 +29,7 @@ def require_convention(where: str, convention: str) -> None:
         raise ValueError(f"{where}: the scale convention is {convention!r}; allowed: {allowed}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class KVScales:
     """The global scales of a model's keys and values, in one convention.
 

@@ -80,14 +80,12 @@ class FP4Cache(Cache):
 
 
 def _require_full_attention(config: Any) -> None:
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if getattr(config, "layer_types", None) is None:
-        # As transformers itself infers them.
-        for name in ("sliding_window", "attention_chunk_size"):
-            if getattr(config, name, None) is not None:
-                kinds.add(name)
-    if kinds != {"full_attention"}:
-        raise ValueError(f"FP4Cache: the model's layer types are {sorted(kinds)}; allowed: 'full_attention'")
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:  # then these decide, as in transformers itself
+        kinds = [n for n in ("sliding_window", "attention_chunk_size") if getattr(config, n, None) is not None]
+    others = sorted(set(kinds) - {"full_attention"})
+    if others:
+        raise ValueError(f"FP4Cache: the model has layers of {', '.join(others)}; allowed: only full_attention")
 
 
 def _method_of_a_layer(name: str, scales: KVScales | None, device: torch.device) -> FP4KVCacheQuantMethod:
