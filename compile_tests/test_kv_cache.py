@@ -82,6 +82,17 @@ def test_one_graph_for_every_step(method, backend):
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
+def test_generate_compiles_the_steps():
+    """As it does by itself on a GPU."""
+    config = transformers.CompileConfig(backend="aot_eager", mode=None, fullgraph=True)
+    config._compile_all_devices = True
+    options = {"attention_mask": torch.ones_like(prompt()), "max_new_tokens": STEPS, "do_sample": False}
+    compiled = model().generate(prompt(), past_key_values=cache_of("nvfp4"), compile_config=config, **options)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    eager = model().generate(prompt(), past_key_values=cache_of("nvfp4"), disable_compile=True, **options)
+    assert torch.equal(compiled, eager)
+
+
 @torch.no_grad()
 def test_a_prompt_compiles_too_once_the_cache_is_there():
     """``early_initialization``, as transformers has it for export and for prompts in chunks."""
