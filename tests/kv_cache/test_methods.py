@@ -292,3 +292,37 @@ def test_scales_that_do_not_belong():
         calibrated("mxfp4").load_scales(one)
     with pytest.raises(ValueError, match=r"nvfp4: the scale convention is 'amax'; allowed: 'amax/2688' or 'amax/448'"):
         get_fp4_kv_cache_quant_method("nvfp4", scale_convention="amax")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", ["NHD", "HND"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_gpu_gives_the_same_bytes(name, layout):
+    loc = torch.tensor([8, 9, 30, 11, 20, 21, -1, 0, 1, 2])
+    tables, lengths = torch.tensor([[2, 5], [0, 3]]), torch.tensor([6, 3])
+    scales = KVScales.from_amax(torch.tensor([5.0]), torch.tensor([4.0]))
+    results = []
+    for device in ("cpu", "cuda"):
+        method = get_fp4_kv_cache_quant_method(name, device=device)
+        if method.needs_global_scale:
+            method.load_scales(scales.to(device))
+        (buffers,) = method.create_buffers(32, 2, 64, 1, device, page_size=4, kv_layout=layout)
+        new = [values(i, 10, 2, 64).to(device) for i in range(2)]
+        method.quantize_and_store(buffers, loc.to(device), *new)
+        slots = torch.arange(32, device=device)
+        paged = method.dequantize_paged(buffers, tables.to(device), lengths.to(device))
+        read = *method.dequantize_prev_kv(buffers), *method.dequantize_prev_kv(buffers, loc=slots), *paged
+        results.append([t.cpu() for t in (buffers.k, buffers.v, buffers.k_sf, buffers.v_sf, *read)])
+        with pytest.raises(ValueError, match="cache_k is torch.bfloat16 on .*; allowed: .* on"):
+            method.quantize_and_store(buffers, loc.to(device), *(t.to("meta") for t in new))
+    for i, (a, b) in enumerate(zip(*results, strict=True)):
+        assert_same_bytes(b, a, f"tensor {i}")
+
+
+@pytest.mark.gpu
+def test_scales_on_another_device_are_refused():
+    method = calibrated("nvfp4")
+    (buffers,) = method.create_buffers(12, 2, 64, 1, "cuda")
+    with pytest.raises(ValueError, match="k_scale is cpu; allowed: cuda"):
+        method.quantize_and_store(buffers, LOC.cuda(), NEW.cuda(), NEW.cuda())
+    assert not buffers.k.any()
