@@ -67,6 +67,8 @@ class AotCase(NamedTuple):
     signature: dict[str, str]
     constants: dict[str, Any]
     threads: int
+    on_hip: tuple[dict[str, Any], int] | None = None
+    """Constants and threads on ROCm, where those differ."""
 
 
 def why_not(call: Call) -> str | None:

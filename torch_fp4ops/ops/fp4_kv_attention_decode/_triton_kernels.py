@@ -79,11 +79,14 @@ def _words(ptr, row, there, WORDS: tl.constexpr, ALIGNED: tl.constexpr):
 
 @triton.jit
 def _scales(ptr, row, there, COUNT: tl.constexpr, ALIGNED: tl.constexpr, FORMAT: tl.constexpr):
-    """fp32 block scales ``[R, COUNT]`` of rows that start at ``row`` units of ALIGNED bytes."""
+    """fp32 block scales ``[R, COUNT]``, E4M3 over 2^120, of rows that start at ``row`` units of ALIGNED bytes."""
     place = (row * ALIGNED)[:, None] + tl.arange(0, COUNT)[None, :]
     byte = tl.load(ptr + place, mask=there[:, None], other=0).to(tl.uint32)
     if FORMAT == "nvfp4":
-        return p.decode_e4m3(byte)
+        code = (byte << 24).to(tl.int32, bitcast=True)
+        # Shifted arithmetically, the sign stays on top.
+        scale = ((code >> 4) & ~0x780FFFFF).to(tl.float32, bitcast=True)
+        return tl.where((code & 0x7F000000) == 0x7F000000, float("nan"), scale)
     else:
         return p.decode_ue8m0(byte)
 
@@ -103,28 +106,34 @@ def _spread(scale, WORDS: tl.constexpr):
 @triton.jit
 def _pair_of_scales(lo, hi, FORMAT: tl.constexpr, DTYPE: tl.constexpr):
     """Block scales of the low and the high values, as what :func:`_scaled` multiplies by."""
-    if FORMAT == "nvfp4":
-        if DTYPE == tl.float16:
-            lo, hi = lo * 128.0, hi * 128.0  # UNIT 2^14 / 2^7
-        else:
-            lo, hi = lo * 2.0**118, hi * 2.0**118  # UNIT 2^126 / 2^8
-    return pairs.pack_halves(lo, hi, DTYPE)
+    if FORMAT == "nvfp4" and DTYPE == tl.float16:
+        lo, hi = lo * 2.0**127, hi * 2.0**127  # 2^120 for the scale's bits, 2^14 for the codes', 2^-7
+    word = pairs.pack_halves(lo, hi, DTYPE)
+    if FORMAT == "nvfp4" and DTYPE == tl.bfloat16:
+        word = pairs.join_halves(*pairs.multiply_halves(word, _all(word, 0x7B807B80), DTYPE), DTYPE)  # 2^120
+        word = pairs.join_halves(*pairs.multiply_halves(word, _all(word, 0x7A807A80), DTYPE), DTYPE)  # 2^126 2^-8
+    return word
+
+
+@triton.jit
+def _all(words, WORD: tl.constexpr):
+    return tl.full(words.shape, WORD, tl.uint32)
 
 
 @triton.jit
 def _scaled(words, i, scales, FORMAT: tl.constexpr, DTYPE: tl.constexpr):
-    """Value i of the low and of the high half words, times the scales' halves. The compiler makes packed products."""
+    """Value i of the low and of the high half words, times the scales' halves."""
     if FORMAT == "plain":
         return pairs.halves(words, DTYPE)
     elif FORMAT == "e4m3":
-        lo, hi = pairs.halves(pairs.e4m3_pair(words, i), DTYPE)
-        return lo * 2.0**120, hi * 2.0**120
+        return pairs.multiply_halves(pairs.e4m3_pair(words, i), _all(words, 0x7B807B80), DTYPE)  # 2^120
+    elif FORMAT == "nvfp4":
+        return pairs.multiply_halves(pairs.e2m1_pair(words, i, DTYPE), scales, DTYPE)
     else:
-        lo, hi = pairs.halves(pairs.e2m1_pair(words, i, DTYPE), DTYPE)
-        if FORMAT != "nvfp4":  # a scale may need all of bfloat16's range: no room for the codes' unit
-            lo, hi = lo * 2.0**126, hi * 2.0**126
-        scale_lo, scale_hi = pairs.halves(scales, DTYPE)
-        return lo * scale_lo, hi * scale_hi
+        # A scale may need all of bfloat16's range: no room for the codes' unit.
+        pair = pairs.e2m1_pair(words, i, DTYPE)
+        lo, hi = pairs.multiply_halves(pair, _all(words, 0x7E807E80), DTYPE)  # 2^126
+        return pairs.multiply_halves(pairs.join_halves(lo, hi, DTYPE), scales, DTYPE)
 
 
 @triton.jit
@@ -232,7 +241,7 @@ def _tile(
     first, m, total, acc, q, k_ptr, v_ptr, k_sf_ptr, v_sf_ptr, table_ptr, start, end, pages, factor, cap, head,
     k_strides, v_strides, k_sf_strides, v_sf_strides, FORMAT: tl.constexpr, DTYPE: tl.constexpr, PER: tl.constexpr,
     RUN: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, PAGE_SIZE: tl.constexpr, CAP: tl.constexpr,
-    ALIGNED: tl.constexpr, SF_ALIGNED: tl.constexpr, BN: tl.constexpr,
+    ALIKE: tl.constexpr, ALIGNED: tl.constexpr, SF_ALIGNED: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Maxima, sums of weights, row by row of the tile, and weighted sums of values, with tokens ``first`` to
     ``first + BN`` added."""
@@ -244,13 +253,15 @@ def _tile(
     page = page.to(tl.int64)
     entry = token % PAGE_SIZE
 
-    k_words = _words(k_ptr, _row(page, entry, head, k_strides), there, W, ALIGNED)
-    v_words = _words(v_ptr, _row(page, entry, head, v_strides), there, W, ALIGNED)
+    k_row, k_sf_row = _row(page, entry, head, k_strides), _row(page, entry, head, k_sf_strides)
+    v_row, v_sf_row = k_row, k_sf_row
+    if not ALIKE:
+        v_row, v_sf_row = _row(page, entry, head, v_strides), _row(page, entry, head, v_sf_strides)
+    k_words, v_words = _words(k_ptr, k_row, there, W, ALIGNED), _words(v_ptr, v_row, there, W, ALIGNED)
     k_scale, v_scale = k_words, v_words
     if k_sf_ptr is not None:
-        COUNT: tl.constexpr = D // BLOCK
-        k_scale = _scales(k_sf_ptr, _row(page, entry, head, k_sf_strides), there, COUNT, SF_ALIGNED, FORMAT)
-        v_scale = _scales(v_sf_ptr, _row(page, entry, head, v_sf_strides), there, COUNT, SF_ALIGNED, FORMAT)
+        k_scale = _scales(k_sf_ptr, k_sf_row, there, D // BLOCK, SF_ALIGNED, FORMAT)
+        v_scale = _scales(v_sf_ptr, v_sf_row, there, D // BLOCK, SF_ALIGNED, FORMAT)
     k = _keys(k_words, k_scale, PER, RUN, FORMAT, DTYPE)
     s = _dot(k, q, tl.zeros((BN, q.shape[1]), tl.float32)) * factor
     if CAP:
@@ -308,6 +319,7 @@ def attend_kernel(
     PAGE_SIZE: tl.constexpr,
     WINDOW: tl.constexpr,
     CAP: tl.constexpr,
+    ALIKE: tl.constexpr,  # values have the strides of keys
     ALIGNED: tl.constexpr,  # bytes by which rows of the caches are aligned, the unit of their strides
     SF_ALIGNED: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -359,7 +371,7 @@ def attend_kernel(
             m, total, acc = _tile(
                 first, m, total, acc, q, k_ptr, v_ptr, k_sf_ptr, v_sf_ptr, table_ptr, start, end, pages, factor, cap,
                 head, k_strides, v_strides, k_sf_strides, v_sf_strides, FORMAT, DTYPE, PER, RUN, BLOCK, D,
-                PAGE_SIZE, CAP, ALIGNED, SF_ALIGNED, BN,
+                PAGE_SIZE, CAP, ALIKE, ALIGNED, SF_ALIGNED, BN,
             )  # fmt: skip
             first += BN
     else:
@@ -367,7 +379,7 @@ def attend_kernel(
             m, total, acc = _tile(
                 first, m, total, acc, q, k_ptr, v_ptr, k_sf_ptr, v_sf_ptr, table_ptr, start, end, pages, factor, cap,
                 head, k_strides, v_strides, k_sf_strides, v_sf_strides, FORMAT, DTYPE, PER, RUN, BLOCK, D,
-                PAGE_SIZE, CAP, ALIGNED, SF_ALIGNED, BN,
+                PAGE_SIZE, CAP, ALIKE, ALIGNED, SF_ALIGNED, BN,
             )  # fmt: skip
 
     unit = tl.full((1,), 2.0**LOWERED, tl.float32)

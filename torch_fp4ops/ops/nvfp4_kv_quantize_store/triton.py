@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...formats import MXFP4, NVFP4, kv_format
+from .. import _kv
 from .. import _triton_prims as p
 from .. import _triton_tiles as t
 from .._triton_launch import AotCase, launch, why_not
@@ -135,12 +136,6 @@ def _new_rows(x: Tensor, n: int) -> tuple[Tensor, int, int]:
     return x, strides[0] // 16, strides[1] // 16
 
 
-def _cache_strides(cache: Tensor, kv_layout: str) -> tuple[int, int, int]:
-    """From page to page, entry to entry and head to head; 0 where there is but one."""
-    page, a, b, _ = (s if d > 1 else 0 for s, d in zip(cache.stride(), cache.shape, strict=True))
-    return (page, a, b) if kv_layout == "NHD" else (page, b, a)
-
-
 @nvfp4_kv_quantize_store.backend("triton", unsupported=why_not)
 def nvfp4_kv_quantize_store_triton(
     append_key: Tensor,
@@ -165,10 +160,10 @@ def nvfp4_kv_quantize_store_triton(
         return
     key, *key_strides = _new_rows(append_key, n)
     value, *value_strides = _new_rows(append_value, n)
-    k_strides, v_strides = _cache_strides(k_cache, kv_layout), _cache_strides(v_cache, kv_layout)
+    k_strides, v_strides = _kv.strides(k_cache, kv_layout), _kv.strides(v_cache, kv_layout)
     alignment = math.gcd(8, k_cache.data_ptr(), v_cache.data_ptr(), *k_strides, *v_strides)
     store = {8: 8, 4: 4}.get(alignment, 1)
-    page_size = k_cache.shape[1 if kv_layout == "NHD" else 2]
+    page_size = _kv.page_size(k_cache, kv_layout)
     cols = heads * dim // 16
     T, C = tiling(n, cols)
     col_tiles = triton.cdiv(cols, C)
@@ -179,8 +174,8 @@ def nvfp4_kv_quantize_store_triton(
         key.device,
         *(key, value, slot_mapping.contiguous(), k_cache, v_cache, k_cache_sf, v_cache_sf, k_scale, v_scale),
         *(n, k_cache.shape[0] * page_size, heads, col_tiles),
-        *(*key_strides, *(s // store for s in k_strides), *_cache_strides(k_cache_sf, kv_layout)),
-        *(*value_strides, *(s // store for s in v_strides), *_cache_strides(v_cache_sf, kv_layout)),
+        *(*key_strides, *(s // store for s in k_strides), *_kv.strides(k_cache_sf, kv_layout)),
+        *(*value_strides, *(s // store for s in v_strides), *_kv.strides(v_cache_sf, kv_layout)),
         FORMAT=fmt.name,
         PAGE_SIZE=page_size,
         BLOCKS=dim // fmt.block_size,
