@@ -94,15 +94,21 @@ def e2m1_pair(words, i: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def e4m3_pair(words, i: tl.constexpr):
-    """Bytes i and i + 2 of words: the values over 2^120 in bfloat16, subnormals included, or NaN."""
+def e4m3_pair(words, i: tl.constexpr, NAN: tl.constexpr = True):
+    """Bytes i and i + 2 of words: the values over 2^120 in bfloat16, subnormals included, or NaN.
+
+    Without NAN, 0x7F is 480, which saves half of the work.
+    """
     if i == 0:
         sign, code = (words << 8) & 0x80008000, (words << 4) & 0x07F007F0
     else:
         sign, code = words & 0x80008000, (words >> 4) & 0x07F007F0
-    # 0x7F, and only that, carries into bit 11: it becomes an exponent of ones, with a mantissa: NaN.
-    nan = (code + 0x00100010) & 0x08000800
-    return sign | code | ((nan << 4) - (nan >> 4))
+    pair = sign | code
+    if NAN:
+        # 0x7F, and only that, carries into bit 11: it becomes an exponent of ones, with a mantissa: NaN.
+        nan = (code + 0x00100010) & 0x08000800
+        pair = pair | ((nan << 4) - (nan >> 4))
+    return pair
 
 
 @triton.jit
