@@ -5,6 +5,7 @@ Each ``check_*`` runs twice, as those of ``test_triton_quantize``.
 
 from __future__ import annotations
 
+import importlib
 import itertools
 from typing import Any
 
@@ -69,6 +70,21 @@ def check_store_of_power_of_two_formats(device: str, x: Tensor, heads: int, fmt:
     ]
     slots = torch.randperm(12)[:rows] - 1
     compare(device, STORE, key, key.flip(0), slots, *caches, None, None, layout, **FORMATS[fmt])
+
+
+def check_steps_of_large_calls(device: str) -> None:
+    """Programs that go on for several steps, which only large calls have, give what single steps give."""
+    stores, dequantizes = (importlib.import_module(f"{op.__module__}.triton") for op in (STORE, DEQUANTIZE))
+    sample = next(s for s in samples(STORE) if s.name == "HND-prefill")
+    wide = paged(7, [9, 0, 14], 3, 64, layout="HND")
+    for module, op, args in ((stores, STORE, sample.args), (dequantizes, DEQUANTIZE, wide)):
+        shipped = module.tiling
+        for tile in ((1, 8, 2), (2, 4, 4), (2, 16, 1)):
+            try:
+                module.tiling = lambda n, cols, tile=tile: tile
+                compare(device, op, *args)
+            finally:
+                module.tiling = shipped
 
 
 @few(30)
