@@ -55,9 +55,8 @@ _PAIRS = {"silu_and_mul_fp4_quantize": _silu_pair, "rms_norm_fp4_quantize": _nor
 
 
 def _other_cache(fmt: str, dtype: torch.dtype) -> Callable[[Case, Sequence[Sample], Expected], Prepared]:
-    """The op's own kernels over a paged cache of the same values in another format: what FP4 saves."""
-
     def prepare(case: Case, samples: Sequence[Sample], expected: Expected) -> Prepared:
+        """The op's own kernels over a paged cache of the same values in another format: what FP4 saves."""
         attend = imported("torch_fp4ops.ops.fp4_kv_attention_decode.triton").attend
 
         def closure(sample: Sample) -> Run:
