@@ -291,7 +291,7 @@ def test_a_captured_graph_is_right_for_other_lengths_and_pages():
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = step()
-    for lengths in ([100, 7, 64], [1, 0, 33], [0, 0, 0], [99, 8, 2]):
+    for lengths in ([100, 7, 64], [1, 0, 33], [0, 0, 0], [99, 5, 2]):
         arguments[5].copy_(torch.tensor(lengths, dtype=torch.int32))
         graph.replay()
         for a, b in zip(captured, step(), strict=True):
