@@ -315,7 +315,8 @@ def test_what_is_not_built_is_said_and_not_set_off_by_auto(pretend, monkeypatch)
 
 
 def test_reasons_that_need_no_import(pretend, monkeypatch):
-    call = OPS["mm_fp4"].check(*samples(OPS["mm_fp4"])[-1].args)
+    sample = samples(OPS["mm_fp4"])[-1]
+    call = OPS["mm_fp4"].check(*sample.args, **sample.kwargs)
     kernel = adapter_of("mm_fp4").KERNELS["cutlass"]
     assert kernel.why_not(call) == "FlashInfer's kernels run on NVIDIA GPUs"
     pretend(90)
