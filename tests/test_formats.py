@@ -2,7 +2,7 @@
 
 import pytest
 
-from torch_fp4ops.formats import FORMATS, MXFP4, MXFP8, NVFP4, fp4_format
+from torch_fp4ops.formats import BLOCKFP4, FORMATS, MXFP4, MXFP8, NVFP4, fp4_format, kv_format
 
 
 @pytest.mark.parametrize(
@@ -18,6 +18,13 @@ def test_flags_name_a_format_or_none():
     assert fp4_format(32, True) is MXFP4
     assert fp4_format(16, True) is None
     assert fp4_format(32, False) is None
+
+
+def test_flags_name_a_cache_format_or_none():
+    assert kv_format(16, False) is NVFP4
+    assert kv_format(32, True) is MXFP4
+    assert kv_format(16, True) is BLOCKFP4
+    assert kv_format(32, False) is None
 
 
 def test_formats_are_frozen():

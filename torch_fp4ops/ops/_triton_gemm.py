@@ -24,6 +24,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from . import _triton_pairs as pairs
 from . import _triton_prims as p
 from . import _triton_tiles as t
 
@@ -80,16 +81,6 @@ def _scales(ptr, starts, i, blocks, LAYOUT: tl.constexpr, COUNT: tl.constexpr, W
 
 
 @triton.jit
-def _two_values(pair, DTYPE: tl.constexpr):
-    """The halves of words as DTYPE; the interpreter has fp32 for bfloat16."""
-    if DTYPE == tl.float32 or (p.INTERPRETED and DTYPE == tl.bfloat16):
-        return p.from_bits(pair << 16), p.from_bits(pair & 0xFFFF0000)
-    else:
-        lo = (pair & 0xFFFF).to(tl.uint16).to(DTYPE, bitcast=True)
-        return lo, (pair >> 16).to(tl.uint16).to(DTYPE, bitcast=True)
-
-
-@triton.jit
 def _spread(scale, W: tl.constexpr):
     """Scales ``[R, C]`` to the words they belong to, ``[R, W]``."""
     R: tl.constexpr = scale.shape[0]
@@ -102,18 +93,10 @@ def _decode_e2m1(words, scale, DTYPE: tl.constexpr):
     """Codes times scale: words ``[R, W]`` and scales ``[R, W]`` to DTYPE ``[R, 8W]``."""
     R: tl.constexpr = words.shape[0]
     W: tl.constexpr = words.shape[1]
-    # Sign and code on top of a half word: as 16-bit floats, these are the value over UNIT, subnormals included.
-    SHIFT: tl.constexpr = 9 if DTYPE == tl.float16 else 6
-    CODES: tl.constexpr = 0x0E000E00 if DTYPE == tl.float16 else 0x01C001C0
     UNIT: tl.constexpr = 2.0**14 if DTYPE == tl.float16 else 2.0**126
     quads = ()
-    for i in tl.static_range(4):  # codes i and i + 4
-        sign = (words << (12 - 4 * i)) & 0x80008000
-        if SHIFT >= 4 * i:
-            code = (words << (SHIFT - 4 * i)) & CODES
-        else:
-            code = (words >> (4 * i - SHIFT)) & CODES
-        lo, hi = _two_values(sign | code, DTYPE)
+    for i in tl.static_range(4):
+        lo, hi = pairs.halves(pairs.e2m1_pair(words, i, DTYPE), DTYPE)
         quads += (tl.join(lo * UNIT * scale, hi * UNIT * scale),)
     even, odd = tl.join(quads[0], quads[2]), tl.join(quads[1], quads[3])
     return tl.reshape(tl.join(even, odd), (R, 8 * W))
@@ -125,17 +108,11 @@ def _decode_e4m3(words, scale, DTYPE: tl.constexpr):
     R: tl.constexpr = words.shape[0]
     W: tl.constexpr = words.shape[1]
     tl.static_assert(DTYPE != tl.float16)
-    pairs = ()
-    for i in tl.static_range(2):  # bytes i and i + 2
-        if i == 0:
-            sign, code = (words << 8) & 0x80008000, (words << 4) & 0x07F007F0
-        else:
-            sign, code = words & 0x80008000, (words >> 4) & 0x07F007F0
-        # 0x7F, and only that, carries into bit 11: it becomes an exponent of ones, with a mantissa: NaN.
-        nan = (code + 0x00100010) & 0x08000800
-        lo, hi = _two_values(sign | code | ((nan << 4) - (nan >> 4)), DTYPE)
-        pairs += (tl.join(lo * 2.0**120 * scale, hi * 2.0**120 * scale),)
-    return tl.reshape(tl.join(pairs[0], pairs[1]), (R, 4 * W))
+    both = ()
+    for i in tl.static_range(2):
+        lo, hi = pairs.halves(pairs.e4m3_pair(words, i), DTYPE)
+        both += (tl.join(lo * 2.0**120 * scale, hi * 2.0**120 * scale),)
+    return tl.reshape(tl.join(both[0], both[1]), (R, 4 * W))
 
 
 @triton.jit

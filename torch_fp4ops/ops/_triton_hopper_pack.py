@@ -1,13 +1,13 @@
 """The Triton kernel that brings a weight into the layout "hopper" (see ``hopper_layout``), byte for byte.
 
 A *cell* is 16 columns of two rows, 8 apart: of FP4 the 4 words that one thread of the GEMM reads in a step along K. A
-program makes whole pieces of 128 rows by 64 columns, which are consecutive in the result; it reads whole 32-byte sectors
-and writes words in order. What moves between threads is left to Triton's layout conversions.
+program makes whole pieces of 128 rows by 64 columns, which are consecutive in the result; it reads whole 32-byte
+sectors and writes words in order. What moves between threads is left to Triton's layout conversions.
 
 Nothing here looks at data on the host: a block that can't be stored becomes NaN and is reported through ``wrong``.
 """
 
-# mypy: disable-error-code="assignment, var-annotated"
+# mypy: disable-error-code="assignment, misc, var-annotated"
 # Kernels grow tuples and rebind names to other types, which Triton's compiler unrolls.
 
 from __future__ import annotations
@@ -244,9 +244,8 @@ def hopper_pack_kernel(
         tl.store(steps_of + start * 64 + tl.arange(0, N // 4), tl.sum(tl.reshape(one, (N // 4, 4)), 1))
 
 
-def _pieces(k: int) -> int:
-    """Pieces a program: 128 bytes of each row of FP4 where K has them, which it always has in a padded weight."""
-    return 4 if INTERPRETED else 2
+_PIECES = 4 if INTERPRETED else 2
+"""Pieces a program, a divisor of 4, as K is padded to 256. In the interpreter few programs, as each takes long."""
 
 
 def pack_hopper(
@@ -274,13 +273,12 @@ def pack_hopper(
         return
     units, row_units = rows_of_units(codes.view(torch.uint8), 16 // fmt.elements_per_byte)
     padded_n, padded_k = hopper_size(n, k)
-    pieces = _pieces(k)
     low, high = HOPPER_SCALE_RANGES.get(fmt.name, (0, 0))
     if wrong is None:
         wrong = torch.zeros(1, dtype=torch.int32, device=codes.device) if fmt is not NVFP4 else None
     launch(
         hopper_pack_kernel,
-        (padded_n // 128 * (padded_k // 64 // pieces),),
+        (padded_n // 128 * (padded_k // 64 // _PIECES),),
         _THREADS,
         codes.device,
         units,
@@ -292,12 +290,12 @@ def pack_hopper(
         row_units,
         k // 16,
         scale_layouts.scale_shape(n, k // fmt.block_size, layout)[1],
-        padded_k // 64 // pieces,
+        padded_k // 64 // _PIECES,
         FORMAT=fmt.name,
         LAYOUT=LAYOUT_CODES[layout],
         LOW=low,
         HIGH=high,
-        PIECES=pieces,
+        PIECES=_PIECES,
     )
 
 
@@ -310,7 +308,7 @@ def aot_cases() -> Iterator[AotCase]:
         low, high = HOPPER_SCALE_RANGES.get(fmt.name, (0, 0))
         signature = dict.fromkeys(("codes_ptr", "scales_ptr", "weight_ptr", "out_scales_ptr"), "*u8")
         signature |= dict.fromkeys(_SIZES, "i32")
-        constants = {"FORMAT": fmt.name, "LAYOUT": LAYOUT_CODES[layout], "LOW": low, "HIGH": high, "PIECES": 2}
+        constants = {"FORMAT": fmt.name, "LAYOUT": LAYOUT_CODES[layout], "LOW": low, "HIGH": high, "PIECES": _PIECES}
         if fmt is NVFP4:
             constants["wrong_ptr"] = None
         else:

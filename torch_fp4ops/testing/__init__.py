@@ -6,15 +6,24 @@ assertions. Importing ``strategies`` needs Hypothesis.
 
 from __future__ import annotations
 
-from .numerics import assert_matmul_close, assert_nearly_same, assert_same_bytes, matmul_bound
+from .numerics import (
+    assert_attention_close,
+    assert_matmul_close,
+    assert_nearly_same,
+    assert_same_bytes,
+    attention_and_bound,
+    matmul_bound,
+)
 from .samples import Sample, assert_right, comparable, samples
 
 __all__ = [
     "Sample",
+    "assert_attention_close",
     "assert_matmul_close",
     "assert_nearly_same",
     "assert_right",
     "assert_same_bytes",
+    "attention_and_bound",
     "comparable",
     "matmul_bound",
     "samples",

@@ -7,7 +7,14 @@ from torch import Tensor
 
 from ..codecs import as_bytes
 
-__all__ = ["assert_matmul_close", "assert_nearly_same", "assert_same_bytes", "matmul_bound"]
+__all__ = [
+    "assert_attention_close",
+    "assert_matmul_close",
+    "assert_nearly_same",
+    "assert_same_bytes",
+    "attention_and_bound",
+    "matmul_bound",
+]
 
 
 def assert_same_bytes(given: Tensor, wanted: Tensor, what: str = "output") -> None:
@@ -81,10 +88,80 @@ def assert_matmul_close(given: Tensor, a: Tensor, b: Tensor, alpha: Tensor | Non
     assert not given.isnan().any(), "NaN in the result"
     # What may round to more than the dtype can hold is right as an infinity.
     overflows = given.isinf() & (given.sign() == exact.sign()) & (exact.abs() + bound >= torch.finfo(given.dtype).max)
-    error = torch.where(overflows, 0.0, error)
+    _assert_within(given, torch.where(overflows, 0.0, error), bound)
+
+
+def _assert_within(given: Tensor, error: Tensor, bound: Tensor) -> None:
     if not bool((error <= bound).all()):
         worst = (error / bound).argmax()
         raise AssertionError(
             f"error {error.flatten()[worst]:.3e} where the bound is {bound.flatten()[worst]:.3e}, "
             f"at flat index {int(worst)} of {tuple(given.shape)}"
         )
+
+
+def attention_and_bound(
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor, sm_scale: float, logits_soft_cap: float | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Attention of one query a sequence in float64, and how far an online softmax in fp32 may lie from it.
+
+    With N tokens, e = 2^-24, and ``A = sum_t p_t |v_t|`` the scale of an output:
+
+    * A logit is a sum of D exact products, off by ``2De`` of the sum of their magnitudes, times factors that round to
+      8e together; the cap's tanh adds 16e of the cap. Its difference to the maximum rounds once more, 4e of both.
+    * A weight is ``exp2`` of that, off by 4e. Weights of earlier tokens are multiplied again whenever the maximum
+      grows, at most once for 16 tokens, 4e each time, and 2e for the whole way that the maximum goes.
+    * If weights are off by the factors ``1 + x_t``, the weighted mean is by at most ``2 A max|x_t|``.
+    * For the product with v a weight is rounded to the output's dtype. It is at most 1, the largest one is 1.
+    * The sums over tokens are off by ``2Ne`` of the sums of magnitudes, above and below the fraction's line.
+    * The factors of the end round to 8e together, the output to its dtype.
+
+    Args:
+        q: ``[batch, q_heads, D]``, exact, any float dtype.
+        k, v: float64 ``[batch, tokens, heads, D]``, exact, global scales included.
+        seen: bool ``[batch, tokens]``.
+        sm_scale, logits_soft_cap: as of ``fp4_kv_attention_decode``.
+        dtype: of the result that is checked.
+    """
+    e = 2.0**-24
+    batch, q_heads, dim = q.shape
+    group = q_heads // k.shape[2]
+    k, v = (t.transpose(1, 2).repeat_interleave(group, 1) for t in (k, v))  # [batch, q_heads, tokens, D]
+    hidden = ~seen[:, None, :, None]
+    k, v = k.masked_fill(hidden, 0.0), v.masked_fill(hidden, 0.0)
+    q = q.double().unsqueeze(-1)
+    logits = (k @ q).squeeze(-1) * sm_scale
+    off = 2 * dim * e * (k.abs() @ q.abs()).squeeze(-1) * abs(sm_scale) + 8 * e * logits.abs()
+    if logits_soft_cap is not None:
+        logits = logits_soft_cap * (logits / logits_soft_cap).tanh()
+        off = off + 16 * e * logits_soft_cap
+    if not logits.shape[-1]:
+        return torch.zeros_like(q.squeeze(-1)), torch.zeros_like(q.squeeze(-1))
+    tokens = seen.sum(-1).view(batch, 1, 1)
+    largest = logits.abs().amax(-1, keepdim=True)
+    weights = logits.masked_fill(~seen[:, None], -torch.inf).softmax(-1).nan_to_num(0.0).unsqueeze(-2)
+    exact = (weights @ v).squeeze(-2)
+    magnitude = (weights @ v.abs()).squeeze(-2)
+
+    info = torch.finfo(dtype)
+    factor = (off + 4 * e * (logits.abs() + largest)).amax(-1, keepdim=True)
+    factor = factor + 4 * e * (2 + tokens / 16) + 4 * e * largest
+    relative = 2 * factor.expm1() + info.eps / 2 + 4 * tokens * e + 8 * e
+    bound = magnitude * relative + info.smallest_normal * info.eps / 2 * v.abs().sum(-2)
+    bound = bound + info.eps / 2 * (exact.abs() + bound) + info.smallest_normal * info.eps / 2
+    return exact, torch.where(tokens == 0, 0.0, bound)
+
+
+def assert_attention_close(
+    given: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seen: Tensor,
+    sm_scale: float,
+    logits_soft_cap: float | None = None,
+) -> None:
+    """``given`` is attention within :func:`attention_and_bound`, whose arguments these are; zeros without a token."""
+    exact, bound = attention_and_bound(q, k, v, seen, sm_scale, logits_soft_cap, given.dtype)
+    assert not given.isnan().any(), "NaN in the result"
+    _assert_within(given, (given.double() - exact).abs(), bound)

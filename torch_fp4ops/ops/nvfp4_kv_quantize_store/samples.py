@@ -39,3 +39,9 @@ def samples() -> Iterator[tuple[str, tuple[Any, ...], dict[str, Any]]]:
             mapping = torch.tensor(slots, dtype=torch.int32 if name == "decode" else torch.int64)
             caches = (cache[:, 0], cache[:, 1], scales[:, 0], scales[:, 1])
             yield f"{layout}-{name}", (key, value, mapping, *caches, k_scale, v_scale, layout), {}
+    for name, block in (("mxfp4", 32), ("blockfp4", 16)):
+        key, value = values(3, 5, heads, 96), values(4, 5, heads, 96)
+        cache, scales = (torch.full((pages, page, heads, n), 0xAA, dtype=torch.uint8) for n in (48, 96 // block))
+        mapping = torch.tensor([3, 9, -1, 11])
+        args = (key, value, mapping, cache, cache.clone(), scales, scales.clone(), None, None)
+        yield name, args, {"sf_vec_size": block, "sf_use_ue8m0": True}

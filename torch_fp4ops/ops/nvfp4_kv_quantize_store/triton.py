@@ -1,6 +1,6 @@
 """nvfp4_kv_quantize_store in Triton: keys and values in one launch, straight into the paged cache.
 
-Any GPU from compute capability 8.0, ROCm included. A thread holds one block of 16.
+Any GPU from compute capability 8.0, ROCm included. A thread holds 16 values, two share a block of 32.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...formats import NVFP4
+from ...formats import MXFP4, NVFP4, kv_format
 from .. import _triton_prims as p
 from .. import _triton_tiles as t
 from .._triton_launch import AotCase, launch, why_not
@@ -35,36 +35,42 @@ def _quantize_store(
     heads,
     col_tiles,
     strides,
+    FORMAT: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     BLOCKS: tl.constexpr,
     STORE: tl.constexpr,
     T: tl.constexpr,
     C: tl.constexpr,
 ):
+    SPLIT: tl.constexpr = 2 if FORMAT == "mxfp4" else 1  # threads a block
     x_row, x_head, page, entry, head, sf_page, sf_entry, sf_head = strides
     UNITS: tl.constexpr = x_ptr.dtype.element_ty.primitive_bitwidth // 8
     i = tl.arange(0, T * C)
     pid = tl.program_id(0)
     row = pid // col_tiles * T + i // C
     col = pid % col_tiles * C + i % C
-    h = col // BLOCKS
-    block = col % BLOCKS
+    h = col // (BLOCKS * SPLIT)
+    part = col % (BLOCKS * SPLIT)  # 16 values each
     there = (row < n) & (h < heads)
-    unit = row.to(tl.int64) * x_row + h.to(tl.int64) * x_head + block * UNITS
+    unit = row.to(tl.int64) * x_row + h.to(tl.int64) * x_head + part * UNITS
     units = t.load_units(x_ptr, unit, there, UNITS)
     slot = tl.load(slot_ptr + row, mask=there, other=-1).to(tl.int64)
-    encode, decode = p.encode_decode(tl.load(scale_ptr + tl.arange(0, 1)), True)
     los, his = p.to_octets(units, x_ptr.dtype.element_ty, 2, None)
-    byte, multiplier = p.nvfp4_scale(p.block_amax(los, his, 2, 1), encode, decode)
+    amax = p.block_amax(los, his, 2, SPLIT)
+    if FORMAT == "nvfp4":
+        encode, decode = p.encode_decode(tl.load(scale_ptr + tl.arange(0, 1)), True)
+        byte, multiplier = p.nvfp4_scale(amax, encode, decode)
+    else:
+        byte, multiplier = p.mxfp4_scale(amax)
     word0 = p.pack_e2m1(los[0], his[0], multiplier)
     word1 = p.pack_e2m1(los[1], his[1], multiplier)
 
     kept = (slot >= 0) & (slot < slots)
     h = h.to(tl.int64)
-    place = slot // PAGE_SIZE * page + slot % PAGE_SIZE * entry + h * head + block * (8 // STORE)
+    place = slot // PAGE_SIZE * page + slot % PAGE_SIZE * entry + h * head + part * (8 // STORE)
     t.store_eight_bytes(cache_ptr, place, word0, word1, kept, STORE)
-    place = slot // PAGE_SIZE * sf_page + slot % PAGE_SIZE * sf_entry + h * sf_head + block
-    tl.store(sf_ptr + place, byte.to(tl.uint8), mask=kept)
+    place = slot // PAGE_SIZE * sf_page + slot % PAGE_SIZE * sf_entry + h * sf_head + part // SPLIT
+    tl.store(sf_ptr + place, byte.to(tl.uint8), mask=kept & (part % SPLIT == 0))
 
 
 @triton.jit(do_not_specialize=[*_SIZES, *(f"{kv}_{s}" for kv in "kv" for s in _STRIDES)])
@@ -98,22 +104,23 @@ def quantize_store_kernel(
     v_sf_page,
     v_sf_entry,
     v_sf_head,
+    FORMAT: tl.constexpr,  # nvfp4, mxfp4 or blockfp4
     PAGE_SIZE: tl.constexpr,
-    BLOCKS: tl.constexpr,  # of 16, in a head
+    BLOCKS: tl.constexpr,  # of the format, in a head
     STORE: tl.constexpr,  # bytes by which all of the cache is aligned: 8, 4 or 1
     T: tl.constexpr,
     C: tl.constexpr,
 ):
-    """T rows by C blocks a program; program_id(1) is 0 for keys, 1 for values."""
+    """T rows by C sixteens of values a program; program_id(1) is 0 for keys, 1 for values."""
     k_strides = (k_x_row, k_x_head, k_page, k_entry, k_head, k_sf_page, k_sf_entry, k_sf_head)
     v_strides = (v_x_row, v_x_head, v_page, v_entry, v_head, v_sf_page, v_sf_entry, v_sf_head)
     # fmt: off
     if tl.program_id(1) == 0:
         _quantize_store(key_ptr, slot_ptr, k_cache_ptr, k_sf_ptr, k_scale_ptr, n, slots, heads, col_tiles,
-                        k_strides, PAGE_SIZE, BLOCKS, STORE, T, C)
+                        k_strides, FORMAT, PAGE_SIZE, BLOCKS, STORE, T, C)
     else:
         _quantize_store(value_ptr, slot_ptr, v_cache_ptr, v_sf_ptr, v_scale_ptr, n, slots, heads, col_tiles,
-                        v_strides, PAGE_SIZE, BLOCKS, STORE, T, C)
+                        v_strides, FORMAT, PAGE_SIZE, BLOCKS, STORE, T, C)
     # fmt: on
 
 
@@ -143,14 +150,18 @@ def nvfp4_kv_quantize_store_triton(
     v_cache: Tensor,
     k_cache_sf: Tensor,
     v_cache_sf: Tensor,
-    k_scale: Tensor,
-    v_scale: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
     kv_layout: str = "NHD",
     *,
+    sf_vec_size: int = 16,
+    sf_use_ue8m0: bool = False,
     backend: str = "auto",
 ) -> None:
-    n, heads, blocks = slot_mapping.shape[0], append_key.shape[1], append_key.shape[2] // NVFP4.block_size
-    if not n * heads * blocks or not k_cache.numel():
+    fmt = kv_format(sf_vec_size, sf_use_ue8m0)
+    assert fmt is not None
+    n, heads, dim = slot_mapping.shape[0], *append_key.shape[1:]
+    if not n * heads * dim or not k_cache.numel():
         return
     key, *key_strides = _new_rows(append_key, n)
     value, *value_strides = _new_rows(append_value, n)
@@ -158,8 +169,9 @@ def nvfp4_kv_quantize_store_triton(
     alignment = math.gcd(8, k_cache.data_ptr(), v_cache.data_ptr(), *k_strides, *v_strides)
     store = {8: 8, 4: 4}.get(alignment, 1)
     page_size = k_cache.shape[1 if kv_layout == "NHD" else 2]
-    T, C = tiling(n, heads * blocks)
-    col_tiles = triton.cdiv(heads * blocks, C)
+    cols = heads * dim // 16
+    T, C = tiling(n, cols)
+    col_tiles = triton.cdiv(cols, C)
     launch(
         quantize_store_kernel,
         (triton.cdiv(n, T) * col_tiles, 2),
@@ -169,8 +181,9 @@ def nvfp4_kv_quantize_store_triton(
         *(n, k_cache.shape[0] * page_size, heads, col_tiles),
         *(*key_strides, *(s // store for s in k_strides), *_cache_strides(k_cache_sf, kv_layout)),
         *(*value_strides, *(s // store for s in v_strides), *_cache_strides(v_cache_sf, kv_layout)),
+        FORMAT=fmt.name,
         PAGE_SIZE=page_size,
-        BLOCKS=blocks,
+        BLOCKS=dim // fmt.block_size,
         STORE=store,
         T=T,
         C=C,
@@ -178,7 +191,7 @@ def nvfp4_kv_quantize_store_triton(
 
 
 def tiling(n: int, cols: int) -> tuple[int, int]:
-    """Rows by blocks of a program, powers of two."""
+    """Rows by sixteens of values of a program, powers of two."""
     C = min(64, triton.next_power_of_2(cols))
     return max(1, (64 if n * cols < 1 << 14 else 128) // C), C
 
@@ -188,14 +201,16 @@ def aot_cases() -> Iterator[AotCase]:
     pointers = {f"{kv}_{name}_ptr": "*u8" for kv in "kv" for name in ("cache", "sf")}
     pointers |= {f"{kv}_scale_ptr": "*fp32" for kv in "kv"}
     sizes = dict.fromkeys((*_SIZES, *(f"{kv}_{s}" for kv in "kv" for s in _STRIDES)), "i32")
-    for dtype, store, blocks, n in (
-        ("bf16", 8, 8, 1),
-        ("bf16", 8, 8, 1 << 16),
-        ("fp16", 4, 7, 1 << 16),
-        ("fp32", 1, 8, 1 << 16),
+    for fmt, dtype, store, dim, n in (
+        (NVFP4, "bf16", 8, 128, 1),
+        (NVFP4, "bf16", 8, 128, 1 << 16),
+        (NVFP4, "fp16", 4, 112, 1 << 16),
+        (NVFP4, "fp32", 1, 128, 1 << 16),
+        (MXFP4, "bf16", 8, 128, 1 << 16),
     ):
-        T, C = tiling(n, 8 * blocks)
+        T, C = tiling(n, dim // 2)
         x = {"key_ptr": f"*{dtype}", "value_ptr": f"*{dtype}", "slot_ptr": "*i64"}
-        constants = {"PAGE_SIZE": 16, "BLOCKS": blocks, "STORE": store, "T": T, "C": C}
-        name = f"kv_store-{dtype}-D{blocks * 16}-store{store}-{T}x{C}"
+        constants = {"FORMAT": fmt.name, "PAGE_SIZE": 16, "BLOCKS": dim // fmt.block_size}
+        constants |= {"STORE": store, "T": T, "C": C}
+        name = f"kv_store-{fmt.name}-{dtype}-D{dim}-store{store}-{T}x{C}"
         yield AotCase(name, quantize_store_kernel, {**x, **pointers, **sizes}, constants, T * C)

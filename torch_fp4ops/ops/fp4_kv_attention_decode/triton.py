@@ -1,0 +1,201 @@
+"""fp4_kv_attention_decode in Triton: any GPU from compute capability 8.0, ROCm included.
+
+Two launches, or one where a sequence isn't split. How many parts there are follows from shapes and the GPU alone, so a
+captured call is right for all lengths.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator
+
+import torch
+import triton
+from torch import Tensor
+
+from ...contracts import Call
+from ...formats import kv_format
+from .. import _kv
+from .._triton_launch import AotCase, launch, why_not
+from . import fp4_kv_attention_decode
+from ._triton_kernels import NOT_SPECIALIZED, attend_kernel, combine_kernel
+
+_PROGRAMS = 64  # for each of the GPU's processors, so that few are idle at the end
+_FEWEST_TOKENS = 256  # of a part
+_MOST_SPLITS = 64
+
+
+def _why_not(call: Call) -> str | None:
+    if call.q.dtype == torch.float16 and call.sf_use_ue8m0:
+        return "float16 does not hold every value of a power-of-two scale; with such a cache q must be bfloat16"
+    return why_not(call)
+
+
+def tile_tokens(fmt: str, dim: int) -> int:
+    """Tokens of a tile: as many as a thread has registers for."""
+    return 32
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def splits_for(sequences: int, tokens: int, processors: int) -> int:
+    """Into how many parts to cut ``sequences`` (times kv heads) of at most so many tokens."""
+    wanted = triton.cdiv(_PROGRAMS * processors, sequences)
+    return max(1, min(wanted, triton.cdiv(tokens, _FEWEST_TOKENS), _MOST_SPLITS))
+
+
+def attend(
+    q: Tensor,
+    caches: tuple[Tensor, Tensor],
+    cache_scales: tuple[Tensor, Tensor] | None,
+    block_tables: Tensor,
+    seq_lens: Tensor,
+    scales: tuple[Tensor | None, Tensor | None],
+    kv_layout: str,
+    sm_scale: float,
+    window_left: int,
+    logits_soft_cap: float | None,
+    fmt: str,
+    splits: int | None = None,
+) -> Tensor:
+    """The kernels over caches of a format: ``"nvfp4"``, ``"mxfp4"``, ``"blockfp4"``, or, without block scales,
+    ``"e4m3"`` and ``"plain"`` (q's dtype)."""
+    batch, q_heads, dim = q.shape
+    out = torch.empty((batch, q_heads, dim), dtype=q.dtype, device=q.device)
+    if not out.numel():
+        return out
+    heads, page = _kv.heads_of(caches[0], kv_layout), _kv.page_size(caches[0], kv_layout)
+    tokens = block_tables.shape[1] * page
+    if not tokens or not caches[0].shape[0]:
+        return out.zero_()
+    if q.stride(2) != 1:
+        q = q.contiguous()
+    if block_tables.stride(1) != 1:
+        block_tables = block_tables.contiguous()
+    if splits is None:
+        splits = splits_for(batch * heads, tokens, _processors(q.device))
+    group = q_heads // heads
+    bytes_of = tuple(t.view(torch.uint8) for t in caches)
+    aligned, strides = _in_units(bytes_of, kv_layout)
+    sf_aligned, sf_strides = (1, (0,) * 6) if cache_scales is None else _in_units(cache_scales, kv_layout)
+    sums = stats = None
+    if splits > 1:
+        sums = torch.empty((batch, q_heads, splits, dim), dtype=torch.float32, device=q.device)
+        stats = torch.empty((batch, q_heads, splits, 2), dtype=torch.float32, device=q.device)
+    launch(
+        attend_kernel,
+        (batch * splits * heads,),
+        32,
+        q.device,
+        *(q, *bytes_of, *(cache_scales or (None, None)), block_tables, seq_lens.contiguous(), *scales),
+        *(out, sums, stats, sm_scale, logits_soft_cap or 0.0, window_left, heads, block_tables.shape[1]),
+        *(caches[0].shape[0], q.stride(0), q.stride(1), block_tables.stride(0), *strides, *sf_strides),
+        FORMAT=fmt,
+        D=dim,
+        GROUP=group,
+        ROWS=max(8, triton.next_power_of_2(group)),
+        PAGE_SIZE=page,
+        WINDOW=window_left >= 0,
+        CAP=logits_soft_cap is not None,
+        ALIGNED=aligned,
+        SF_ALIGNED=sf_aligned,
+        SPLITS=splits,
+        BN=tile_tokens(fmt, dim),
+        STAGES=3,
+    )
+    if sums is not None:
+        constants = {"PER": PER[fmt], "D": dim, "SPLITS": splits, "PADDED": triton.next_power_of_2(splits)}
+        launch(combine_kernel, (batch * q_heads,), 128, q.device, sums, stats, out, **constants)
+    return out
+
+
+PER = {"nvfp4": 8, "mxfp4": 8, "blockfp4": 8, "e4m3": 4, "plain": 2}
+"""Values in a 32-bit word."""
+
+
+def _in_units(caches: tuple[Tensor, ...], kv_layout: str) -> tuple[int, tuple[int, ...]]:
+    """By how many bytes, 16 at most, all rows of byte tensors are aligned, and both tensors' strides in that unit: from
+    page to page, entry to entry, head to head."""
+    strides: list[int] = []
+    for cache in caches:
+        page, a, b, _ = (s if d > 1 else 0 for s, d in zip(cache.stride(), cache.shape, strict=True))
+        strides += (page, a, b) if kv_layout == "NHD" else (page, b, a)
+    unit = math.gcd(16, *(t.data_ptr() for t in caches), *strides)
+    return unit, tuple(s // unit for s in strides)
+
+
+@fp4_kv_attention_decode.backend("triton", unsupported=_why_not)
+def fp4_kv_attention_decode_triton(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k_cache_sf: Tensor,
+    v_cache_sf: Tensor,
+    block_tables: Tensor,
+    seq_lens: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    kv_layout: str = "NHD",
+    *,
+    sm_scale: float | None = None,
+    window_left: int = -1,
+    logits_soft_cap: float | None = None,
+    sf_vec_size: int = 16,
+    sf_use_ue8m0: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    fmt = kv_format(sf_vec_size, sf_use_ue8m0)
+    assert fmt is not None
+    return attend(
+        q,
+        (k_cache, v_cache),
+        (k_cache_sf, v_cache_sf),
+        block_tables,
+        seq_lens,
+        (k_scale, v_scale),
+        kv_layout,
+        q.shape[2] ** -0.5 if sm_scale is None else sm_scale,
+        window_left,
+        logits_soft_cap,
+        fmt.name,
+    )
+
+
+def aot_cases() -> Iterator[AotCase]:
+    """Formats, head dimensions, dtypes of q; the options together; one and many splits."""
+    for fmt, dim, dtype, options, splits in (
+        ("nvfp4", 128, "bf16", False, 16),
+        ("nvfp4", 64, "bf16", False, 1),
+        ("nvfp4", 256, "bf16", True, 16),
+        ("nvfp4", 128, "fp16", True, 1),
+        ("mxfp4", 128, "bf16", False, 16),
+        ("blockfp4", 64, "bf16", False, 16),
+        ("e4m3", 128, "bf16", False, 16),
+        ("plain", 128, "bf16", False, 16),
+    ):
+        yield _aot_case(fmt, dim, dtype, options, splits)
+    for dim, splits in ((128, 16), (256, 64)):
+        constants = {"PER": 8, "D": dim, "SPLITS": splits, "PADDED": splits}
+        signature = {"sums_ptr": "*fp32", "stats_ptr": "*fp32", "out_ptr": "*bf16"}
+        yield AotCase(f"kv_combine-D{dim}-{splits}", combine_kernel, signature, constants, 128)
+
+
+def _aot_case(fmt: str, dim: int, dtype: str, options: bool, splits: int) -> AotCase:
+    kv = "*u8"
+    signature = {"q_ptr": f"*{dtype}", "k_ptr": kv, "v_ptr": kv, "table_ptr": "*i32", "length_ptr": "*i32"}
+    signature |= {"out_ptr": f"*{dtype}", **dict.fromkeys(NOT_SPECIALIZED, "i32"), "sm_scale": "fp32", "cap": "fp32"}
+    constants = {"FORMAT": fmt, "D": dim, "GROUP": 4, "ROWS": 8, "PAGE_SIZE": 16}
+    constants |= {"WINDOW": options, "CAP": options, "ALIGNED": 16, "SF_ALIGNED": 8 if dim == 128 else 4}
+    constants |= {"SPLITS": splits, "BN": tile_tokens(fmt, dim), "STAGES": 3}
+    optional = {"k_sf_ptr": kv, "v_sf_ptr": kv} if PER[fmt] == 8 else {}
+    optional |= {"k_scale_ptr": "*fp32", "v_scale_ptr": "*fp32"} if fmt == "nvfp4" else {}
+    optional |= {"sums_ptr": "*fp32", "stats_ptr": "*fp32"} if splits > 1 else {}
+    signature |= optional
+    names = ("k_sf_ptr", "v_sf_ptr", "k_scale_ptr", "v_scale_ptr", "sums_ptr", "stats_ptr")
+    constants |= {name: None for name in names if name not in optional}
+    name = f"kv_attend-{fmt}-{dtype}-D{dim}{'-options' * options}-{splits}"
+    return AotCase(name, attend_kernel, signature, constants, 32)
