@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 from typing import Any
 
 import pytest
@@ -246,6 +247,14 @@ def test_backends_refuse_the_weight_layout_that_they_cannot_read(name, pretend):
     for backend in ("cutlass", "cudnn", "cute-dsl", "flashinfer") if INSTALLED >= (0, 7) else ("cutlass",):
         with pytest.raises(BackendUnavailable, match=f"{backend} reads weights of b_layout='plain', not 'trtllm'"):
             OPS[name](*shuffled.args, **shuffled.kwargs, backend=backend)
+
+
+@pytest.mark.parametrize("name", ["mm_fp4", "mm_mxfp8", "mm_bf16_fp4"])
+def test_no_backend_reads_the_layout_of_another_gpu(name, pretend):
+    pretend(100)
+    sample = next(s for s in samples(OPS[name]) if s.name.startswith("hopper"))
+    call = OPS[name].check(*sample.args, **sample.kwargs)
+    assert re.search(r"plain.* not (b_layout=)?'hopper'", OPS[name].why_not("flashinfer", call))
 
 
 def test_one_alpha_a_row_is_for_cute_dsl(pretend):

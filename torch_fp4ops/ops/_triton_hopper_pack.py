@@ -43,30 +43,34 @@ def _half_word_moves(bits_of_k3: tuple[tuple[int, ...], ...]) -> tuple[tuple[int
     return tuple((shift, mask % 2**32) for shift, mask in moves(places))
 
 
-# By n3; E4M3's places do not depend on it.
-_FP4_MOVES: tl.constexpr = tl.constexpr(tuple(_half_word_moves((FP4_BITS[n3, 0], FP4_BITS[n3, 1])) for n3 in (0, 1)))
-_FP8_MOVES: tl.constexpr = tl.constexpr(_half_word_moves(FP8_BITS))
+_FP4_MOVES = tuple(_half_word_moves((FP4_BITS[n3, 0], FP4_BITS[n3, 1])) for n3 in (0, 1))
+_FP8_MOVES = _half_word_moves(FP8_BITS)
 
 
 @triton.constexpr_function
-def _moves_of(n3, fp8):
-    found = _FP8_MOVES if fp8 else _FP4_MOVES
-    found = getattr(found, "value", found)
-    return found if fp8 else found[n3]
+def _count(n3, fp8):
+    return len(_FP8_MOVES if fp8 else _FP4_MOVES[n3])
+
+
+@triton.constexpr_function
+def _shift(n3, fp8, i):
+    return (_FP8_MOVES if fp8 else _FP4_MOVES[n3])[i][0]
+
+
+@triton.constexpr_function
+def _mask(n3, fp8, i):
+    return (_FP8_MOVES if fp8 else _FP4_MOVES[n3])[i][1]
 
 
 @triton.jit
 def _placed(word, N3: tl.constexpr, FP8: tl.constexpr):
     """The bits of a word of codes, one in each byte, in their places."""
-    MOVES: tl.constexpr = _moves_of(N3, FP8)
     out = tl.zeros_like(word)
-    for i in tl.static_range(len(MOVES)):
-        shift: tl.constexpr = MOVES[i][0]
-        mask: tl.constexpr = MOVES[i][1]
-        if shift >= 0:
-            out |= (word << shift) & mask
+    for i in tl.static_range(_count(N3, FP8)):
+        if _shift(N3, FP8, i) >= 0:
+            out |= (word << _shift(N3, FP8, i)) & _mask(N3, FP8, i)
         else:
-            out |= (word >> -shift) & mask
+            out |= (word >> -_shift(N3, FP8, i)) & _mask(N3, FP8, i)
     return out
 
 
