@@ -40,26 +40,31 @@ from torch import Tensor
 from .formats import MXFP8, NVFP4, BlockFormat
 from .scale_layouts import round_up
 
-__all__ = ["HOPPER_SCALE_RANGES", "hopper_size", "pack_hopper_weight", "unpack_hopper_weight"]
+__all__ = ["HOPPER_SCALE_RANGES", "NotStorableError", "hopper_size", "pack_hopper_weight", "unpack_hopper_weight"]
 
 ROWS, COLUMNS = 128, 256
 
 HOPPER_SCALE_RANGES = {"mxfp4": (0, 128), "mxfp8": (3, 134)}
-"""UE8M0 bytes that are stored as they are."""
+"""The first and the last UE8M0 byte that is stored as it is."""
 _ONE_AS_UE8M0 = 127
 _NVFP4_ZERO = 8
+
+
+class NotStorableError(ValueError):
+    """A weight has values that the layout has no form for."""
+
 
 _SIGN = {"e2m1": 0x88, "e4m3": 0x80}
 """The signs in a byte of codes."""
 
 # Where the bits of an element with k0 = 0 go, the sign first.
-_FP4_BITS = {  # by (n3, k3)
+FP4_BITS = {  # by (n3, k3)
     (0, 0): (15, 8, 7, 6),
     (0, 1): (12, 5, 4, 3),
     (1, 0): (9, 2, 1, 0),
     (1, 1): (14, 11, 10, 13),
 }
-_FP8_BITS = ((15, 10, 9, 8, 7, 6, 5, 4), (11, 14, 13, 12, 3, 2, 1, 0))  # by k3
+FP8_BITS = ((15, 10, 9, 8, 7, 6, 5, 4), (11, 14, 13, 12, 3, 2, 1, 0))  # by k3
 
 _ROW_PARTS = (2, 4, 2, 8)  # sub, w, n3, g
 
@@ -99,7 +104,7 @@ _SCALE_ORDERS = {
 }
 
 
-def _moves(places: dict[int, int]) -> tuple[tuple[int, int], ...]:
+def moves(places: dict[int, int]) -> tuple[tuple[int, int], ...]:
     """Shifts to the left with the bits they fill, for a word whose bit is to go where ``places`` says."""
     masks: dict[int, int] = {}
     for source, target in places.items():
@@ -110,7 +115,7 @@ def _moves(places: dict[int, int]) -> tuple[tuple[int, int], ...]:
 def _fp4_places() -> dict[int, int]:
     return {
         16 * n3 + 8 * k3 + 4 * k0 + 3 - bit: 16 * k0 + place
-        for (n3, k3), places in _FP4_BITS.items()
+        for (n3, k3), places in FP4_BITS.items()
         for k0 in (0, 1)
         for bit, place in enumerate(places)
     }
@@ -119,15 +124,15 @@ def _fp4_places() -> dict[int, int]:
 def _fp8_places() -> dict[int, int]:
     return {
         16 * k3 + 8 * k0 + 7 - bit: 16 * k0 + place
-        for k3, places in enumerate(_FP8_BITS)
+        for k3, places in enumerate(FP8_BITS)
         for k0 in (0, 1)
         for bit, place in enumerate(places)
     }
 
 
 _BITS = {"e2m1": _fp4_places(), "e4m3": _fp8_places()}
-_INTO = {element: _moves(places) for element, places in _BITS.items()}
-_BACK = {element: _moves({v: k for k, v in places.items()}) for element, places in _BITS.items()}
+_INTO = {element: moves(places) for element, places in _BITS.items()}
+_BACK = {element: moves({v: k for k, v in places.items()}) for element, places in _BITS.items()}
 _ORDERS = {"e2m1": _FP4_ORDER, "e4m3": _FP8_ORDER}
 
 
@@ -157,9 +162,10 @@ def pack_hopper_weight(codes: Tensor, scales: Tensor, fmt: BlockFormat) -> tuple
         ``N, K = hopper_size(n, k)``.
 
     Raises:
-        ValueError: another dtype or shape; MXFP4 or MXFP8 with a block that is not all zeros and whose scale is outside
-            ``HOPPER_SCALE_RANGES``, or an MXFP8 element that is NaN in a block whose scale is not. Found by a look at
-            the data, which synchronises on a GPU.
+        ValueError: another dtype or shape.
+        NotStorableError: a ValueError, for MXFP4 or MXFP8 with a block that is not all zeros and whose scale is outside
+            ``HOPPER_SCALE_RANGES``, or with an MXFP8 element that is NaN in a block whose scale is not. Found by a look
+            at the data, which synchronises on a GPU.
     """
     where = "pack_hopper_weight"
     for name, t in (("codes", codes), ("scales", scales)):
@@ -252,7 +258,7 @@ def _mx_blocks(blocks: Tensor, scales: Tensor, fmt: BlockFormat) -> tuple[Tensor
         allowed = f"scales from 2^{low - 127} to 2^{high - 127} or NaN, blocks of zeros" + ", no element NaN" * (
             fmt is MXFP8
         )
-        raise ValueError(f"pack_hopper_weight: the weight is {given}; allowed: {allowed}")
+        raise NotStorableError(f"pack_hopper_weight: the weight is {given}; allowed: {allowed}")
     kept = torch.full_like(scales, 0xFF).masked_fill_(nan, signs)
     steps = scales.masked_fill(zero & (scales > high), _ONE_AS_UE8M0).masked_fill_(nan, high + 1)
     return blocks & kept.unsqueeze(-1), steps

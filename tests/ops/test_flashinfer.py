@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 from typing import Any
 
 import pytest
@@ -249,6 +250,14 @@ def test_backends_refuse_the_weight_layout_that_they_cannot_read(name, pretend):
             OPS[name](*shuffled.args, **shuffled.kwargs, backend=backend)
 
 
+@pytest.mark.parametrize("name", ["mm_fp4", "mm_mxfp8", "mm_bf16_fp4"])
+def test_no_backend_reads_the_layout_of_another_gpu(name, pretend):
+    pretend(100)
+    sample = next(s for s in samples(OPS[name]) if s.name.startswith("hopper"))
+    call = OPS[name].check(*sample.args, **sample.kwargs)
+    assert re.search(r"plain.* not (b_layout=)?'hopper'", OPS[name].why_not("flashinfer", call))
+
+
 def test_one_alpha_a_row_is_for_cute_dsl(pretend):
     calls = pretend(100)
     sample = next(s for s in samples(OPS["mm_fp4"]) if s.name == "nvfp4-round")
@@ -316,7 +325,8 @@ def test_what_is_not_built_is_said_and_not_set_off_by_auto(pretend, monkeypatch)
 
 
 def test_reasons_that_need_no_import(pretend, monkeypatch):
-    call = OPS["mm_fp4"].check(*samples(OPS["mm_fp4"])[-1].args)
+    sample = samples(OPS["mm_fp4"])[-1]
+    call = OPS["mm_fp4"].check(*sample.args, **sample.kwargs)
     kernel = adapter_of("mm_fp4").KERNELS["cutlass"]
     assert kernel.why_not(call) == "FlashInfer's kernels run on NVIDIA GPUs"
     pretend(90)

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from .linear import FP4Linear, MXFP8Linear
-from .quantize import quantize_
+from .quantize import prepare_, quantize_
 
-__all__ = ["FP4Linear", "MXFP8Linear", "quantize_"]
+__all__ = ["FP4Linear", "MXFP8Linear", "prepare_", "quantize_"]

@@ -11,9 +11,11 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .. import scale_layouts
 from ..formats import FORMATS, BlockFormat
+from ..hopper_layout import NotStorableError, pack_hopper_weight, unpack_hopper_weight
 
-__all__ = ["BlockScaledLinear", "allowed_values", "why_not_quantizable"]
+__all__ = ["LAYOUTS", "BlockScaledLinear", "allowed_values", "best_layout", "why_not_quantizable"]
 
+LAYOUTS = ("hopper", "plain")
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -39,12 +41,24 @@ def why_not_quantizable(linear: nn.Linear, fmt: BlockFormat) -> str | None:
     return None
 
 
+def best_layout(device: torch.device) -> str:
+    """The layout that the fastest kernels for a device read."""
+    if device.type != "cuda":
+        return "plain"
+    try:
+        from ..ops._hopper_launch import unavailable
+    except ImportError:  # Triton is missing, or too old
+        return "plain"
+    return "hopper" if unavailable(device) is None else "plain"
+
+
 class BlockScaledLinear(nn.Module):
     """The base of :class:`FP4Linear` and :class:`MXFP8Linear`; a new layer holds zeros."""
 
     weight: Tensor
     weight_scale: Tensor
     bias: nn.Parameter | None
+    weight_layout: str = "plain"
 
     def __init__(
         self,
@@ -81,6 +95,57 @@ class BlockScaledLinear(nn.Module):
         """Bytes of the weight with its scales, padding included; without the bias."""
         return sum(b.nbytes for name, b in self.named_buffers(recurse=False) if name.startswith("weight"))
 
+    def prepare(self, layout: str = "hopper") -> bool:
+        """Bring the weight and its scales, in place, into the layout that a GEMM reads.
+
+        ``"hopper"`` is for compute capability 9.0 (see ``torch_fp4ops.hopper_layout``): elsewhere only the reference
+        reads it, slowly. ``"plain"`` undoes it. It can be done on any device, and again and again: what is done
+        already is left. ``state_dict()`` and ``load_state_dict()`` speak of the plain weight in both layouts. Prepare
+        before compiling or exporting.
+
+        Returns:
+            Whether the layer now has that layout. A weight that it has no form for, and one without data, on the meta
+            device, stay as they are.
+
+        Raises:
+            ValueError: an unknown layout.
+        """
+        if layout not in LAYOUTS:
+            name = type(self).__name__
+            raise ValueError(f"{name}.prepare: layout is {layout!r}; allowed: {allowed_values(LAYOUTS)}")
+        if layout == self.weight_layout:
+            return True
+        if layout == "plain":
+            self.weight, self.weight_scale = self._plain_weight()
+        elif self.weight.is_meta:
+            return False
+        else:
+            blocks = self.in_features // self._block_format.block_size
+            scales = scale_layouts.unswizzle(self.weight_scale, self.out_features, blocks, scale_layouts.SWIZZLED_128X4)
+            try:
+                weight, scale = pack_hopper_weight(self.weight, scales, self._block_format)
+            except NotStorableError:
+                return False
+            self.weight, self.weight_scale = weight.view(self.weight.dtype), self._shaped(scale)
+        self.weight_layout = layout
+        return True
+
+    def _plain_weight(self) -> tuple[Tensor, Tensor]:
+        """``weight`` and ``weight_scale`` as the class describes them."""
+        if self.weight_layout == "plain":
+            return self.weight, self.weight_scale
+        fmt, rows = self._block_format, self.weight.shape[0]
+        codes, scales = unpack_hopper_weight(self.weight.view(torch.uint8), self.weight_scale.view(rows, -1), fmt)
+        # Clones, as a saved view would bring the padding with it.
+        codes = codes[: self.out_features, : self.in_features // fmt.elements_per_byte]
+        scales = scales[: self.out_features, : self.in_features // fmt.block_size]
+        scales = scale_layouts.swizzle(scales, scale_layouts.SWIZZLED_128X4)
+        return codes.clone(memory_format=torch.contiguous_format).view(self.weight.dtype), self._shaped(scales)
+
+    def _shaped(self, scales: Tensor) -> Tensor:
+        """Scales with the dimensions that ``weight_scale`` has."""
+        return scales.flatten() if self.weight_scale.dim() == 1 else scales
+
     def forward(self, x: Tensor) -> Tensor:
         """``x @ dequantize(weight).T + bias``.
 
@@ -101,12 +166,15 @@ class BlockScaledLinear(nn.Module):
         if x.dim() == 0 or x.shape[-1] != self.in_features:
             raise ValueError(f"{name}: the input is of shape {tuple(x.shape)}; allowed: [..., {self.in_features}]")
         # The operator sees two dimensions whatever the rank, so that a rank is no new case to it.
-        out = self._product(x.reshape(-1, self.in_features)).reshape(*x.shape[:-1], self.out_features)
+        out = self._product(x.reshape(-1, self.in_features))
+        if self.weight_layout != "plain":
+            out = out[:, : self.out_features]
+        out = out.reshape(*x.shape[:-1], self.out_features)
         # A plain add, which Inductor can fuse with what follows.
         return out if self.bias is None else out + self.bias.to(out.dtype)
 
     def _product(self, x: Tensor) -> Tensor:
-        """``x @ dequantize(weight).T`` of 2-D x, in x's dtype."""
+        """``x @ dequantize(weight).T`` of 2-D x, in x's dtype; more columns where the layout pads the weight."""
         raise NotImplementedError
 
     @classmethod
@@ -118,9 +186,11 @@ class BlockScaledLinear(nn.Module):
         if reason is not None:
             raise ValueError(f"{where}: {reason}")
 
-    def _take_over(self, linear: nn.Linear, weight: Tensor, weight_scale: Tensor) -> None:
+    def _take_over(self, linear: nn.Linear, weight: Tensor, weight_scale: Tensor, prepare: bool) -> None:
         self.weight, self.weight_scale, self.bias = weight, weight_scale, linear.bias
         self.train(linear.training)
+        if prepare:
+            self.prepare(best_layout(weight.device))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         # `module.to(dtype)` casts every floating-point buffer, float8 included. Codes and scales mean something in
@@ -128,7 +198,20 @@ class BlockScaledLinear(nn.Module):
         buffers = {id(b) for b in self._buffers.values()}
         return super()._apply(lambda t: _apply_to_bytes(fn, t) if id(t) in buffers else fn(t), recurse)
 
-    def _load_from_state_dict(
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.weight_layout != "plain":
+            destination[prefix + "weight"], destination[prefix + "weight_scale"] = self._plain_weight()
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        layout = self.weight_layout
+        self.prepare("plain")
+        try:
+            self._load_plain(*args)
+        finally:
+            self.prepare(layout)
+
+    def _load_plain(
         self,
         state_dict: dict[str, Any],
         prefix: str,
@@ -150,7 +233,8 @@ class BlockScaledLinear(nn.Module):
 
     def extra_repr(self) -> str:
         sizes = f"in_features={self.in_features}, out_features={self.out_features}"
-        return f"{sizes}, {self._describe()}, bias={self.bias is not None}, weight_nbytes={self.weight_nbytes}"
+        layout = "" if self.weight_layout == "plain" else f"weight_layout={self.weight_layout!r}, "
+        return f"{sizes}, {self._describe()}, bias={self.bias is not None}, {layout}weight_nbytes={self.weight_nbytes}"
 
     def _describe(self) -> str:
         return f"format={self.format!r}"

@@ -67,6 +67,7 @@ class FP4Linear(BlockScaledLinear):
         input_global_scale: float32 ``[1]``, the encode scale of every input, say ``2688 / amax`` over calibration
             data; NVFP4 with activations ``"same"`` only. None: ``2688 / amax`` of each call's whole input, so that
             the result for a row depends a little on the rows beside it.
+        weight_layout: ``"plain"``, as above, or another after :meth:`prepare`, with padded sizes.
         bias: a Parameter ``[N]``, or None.
 
     Casts (``.to(dtype)``, ``.half()``) reach the bias alone.
@@ -109,6 +110,7 @@ class FP4Linear(BlockScaledLinear):
         weight_format: str = "nvfp4",
         activations: str = "same",
         input_global_scale: Tensor | None = None,
+        prepare: bool = True,
     ) -> FP4Linear:
         """Quantise the weight of ``linear``, which stays as it is; the bias Parameter is shared, not copied.
 
@@ -116,6 +118,8 @@ class FP4Linear(BlockScaledLinear):
             linear: weight bfloat16, float16 or float32 ``[N, K]`` on any device, meta included.
             weight_format, activations: as for the class.
             input_global_scale: float32, one element, above zero; for NVFP4 with activations ``"same"``.
+            prepare: on a GPU whose fastest kernels read a weight layout of their own, bring the weight into it (see
+                :meth:`prepare`).
 
         Raises:
             ValueError: an argument that is not allowed, a weight that is not finite, or forward hooks on ``linear``,
@@ -130,7 +134,10 @@ class FP4Linear(BlockScaledLinear):
             new.input_global_scale = new._checked_input_scale(input_global_scale).to(weight.device)
         if new._block_format.has_global_scale:
             new.weight_global_scale = encode_scale(weight)
-        new._take_over(linear, *new._quantize(weight, new.weight_global_scale))
+        # No kernel of another layout multiplies float16 and MXFP4.
+        prepare = prepare and not (weight.dtype == torch.float16 and activations == "bf16" and weight_format == "mxfp4")
+        codes, scales = new._quantize(weight, new.weight_global_scale)
+        new._take_over(linear, codes, scales, prepare)
         return new
 
     def _checked_input_scale(self, scale: Tensor) -> Tensor:
@@ -162,6 +169,7 @@ class FP4Linear(BlockScaledLinear):
                 alpha=None if weight_global is None else 1.0 / weight_global,
                 out_dtype=_out_dtype(x),
                 block_size=block_size,
+                b_layout=self.weight_layout,
             )
         alpha = input_global = None
         if weight_global is not None:
@@ -177,6 +185,7 @@ class FP4Linear(BlockScaledLinear):
             out_dtype=_out_dtype(x),
             block_size=block_size,
             use_nvfp4=self.format == NVFP4.name,
+            b_layout=self.weight_layout,
         )
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
@@ -207,6 +216,7 @@ class MXFP8Linear(BlockScaledLinear):
         weight: float8_e4m3fn ``[N, K]``.
         weight_scale: uint8 UE8M0 block scales in the 128x4 layout, flat:
             ``[round_up(N, 128) * round_up(K/32, 4)]``.
+        weight_layout: ``"plain"``, as above, or another after :meth:`prepare`, with padded sizes.
         bias: a Parameter ``[N]``, or None.
 
     Casts (``.to(dtype)``, ``.half()``) reach the bias alone.
@@ -228,11 +238,13 @@ class MXFP8Linear(BlockScaledLinear):
         self.weight_scale = self.weight_scale.flatten()
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear) -> MXFP8Linear:
+    def from_linear(cls, linear: nn.Linear, *, prepare: bool = True) -> MXFP8Linear:
         """Quantise the weight of ``linear``, which stays as it is; the bias Parameter is shared, not copied.
 
         Args:
             linear: weight bfloat16, float16 or float32 ``[N, K]`` on any device, meta included.
+            prepare: on a GPU whose fastest kernels read a weight layout of their own, bring the weight into it (see
+                :meth:`prepare`).
 
         Raises:
             ValueError: K not a multiple of 32, a weight that is not finite, or forward hooks on ``linear``, which
@@ -240,13 +252,19 @@ class MXFP8Linear(BlockScaledLinear):
         """
         cls._require_quantizable(linear, MXFP8)
         new = cls(linear.in_features, linear.out_features, False, device="meta")
-        new._take_over(linear, *torch.ops.fp4.mxfp8_quantize(input=linear.weight.detach()))
+        codes, scales = torch.ops.fp4.mxfp8_quantize(input=linear.weight.detach())
+        new._take_over(linear, codes, scales, prepare)
         return new
 
     def _product(self, x: Tensor) -> Tensor:
         codes, scales = torch.ops.fp4.mxfp8_quantize(input=x)
         return torch.ops.fp4.mm_mxfp8(
-            a=codes, b=self.weight.T, a_descale=scales, b_descale=self.weight_scale, out_dtype=_out_dtype(x)
+            a=codes,
+            b=self.weight.T,
+            a_descale=scales,
+            b_descale=self.weight_scale,
+            out_dtype=_out_dtype(x),
+            b_layout=self.weight_layout,
         )
 
     # Python's pickle writes float8 tensors that torch can't read back; bytes it can.

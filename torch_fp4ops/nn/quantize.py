@@ -8,10 +8,10 @@ from typing import TypeVar
 from torch import nn
 
 from ..formats import FORMATS
-from ._block_scaled import BlockScaledLinear, allowed_values, why_not_quantizable
+from ._block_scaled import LAYOUTS, BlockScaledLinear, allowed_values, why_not_quantizable
 from .linear import ACTIVATIONS, FP4Linear, MXFP8Linear
 
-__all__ = ["quantize_"]
+__all__ = ["prepare_", "quantize_"]
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -23,6 +23,7 @@ def quantize_(
     weight_format: str,
     activations: str = "same",
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
+    prepare: bool = True,
 ) -> Model:
     """Replace the ``nn.Linear`` layers of a model, in place, by layers with quantised weights. For inference.
 
@@ -41,6 +42,7 @@ def quantize_(
         activations: ``"same"`` quantises each layer's input to the same format; ``"bf16"`` keeps it in 16 bits
             (FP4 only). See :class:`FP4Linear`.
         filter_fn: gets a Linear and its qualified name, and says whether to replace it there. None: all.
+        prepare: as for :meth:`FP4Linear.from_linear`.
 
     Returns:
         ``model``.
@@ -81,13 +83,35 @@ def quantize_(
         linear, places = selected.pop()
         new: BlockScaledLinear
         if fmt.element == "e2m1":
-            new = FP4Linear.from_linear(linear, weight_format=weight_format, activations=activations)
+            new = FP4Linear.from_linear(linear, weight_format=weight_format, activations=activations, prepare=prepare)
         else:
-            new = MXFP8Linear.from_linear(linear)
+            new = MXFP8Linear.from_linear(linear, prepare=prepare)
         for name in places:
             parent, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(parent), attribute, new)
         del linear, new
+    return model
+
+
+def prepare_(model: Model, layout: str = "hopper") -> Model:
+    """:meth:`FP4Linear.prepare` for every quantised layer of a model, in place; one at a time, so that only one weight
+    exists twice.
+
+    Args:
+        model: layers of :func:`quantize_`, or the layer itself; other modules stay as they are.
+        layout: ``"hopper"`` or ``"plain"``.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ValueError: an unknown layout.
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"prepare_: layout is {layout!r}; allowed: {allowed_values(LAYOUTS)}")
+    for module in model.modules():
+        if isinstance(module, BlockScaledLinear):
+            module.prepare(layout)
     return model
 
 
