@@ -17,16 +17,14 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
-from torch_fp4ops import scale_layouts, weight_layouts
+from torch_fp4ops import weight_layouts
 from torch_fp4ops.registry import OPS, Op
-from torch_fp4ops.scale_layouts import scale_shape
 from torch_fp4ops.testing import Sample
 
-from . import shapes
+from . import inputs, shapes
+from .inputs import BF16
 
 Build = Callable[[torch.device, torch.Generator], Sample]
-
-BF16 = torch.bfloat16
 
 
 @dataclass(frozen=True)
@@ -62,43 +60,6 @@ class Case:
         return [first, *(first.clone() for _ in range(count - 1))]
 
 
-# Inputs. Packed weights are random bytes, which needs no quantiser and no fp32 copy of a large matrix.
-
-
-def _normal(generator: torch.Generator, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=generator, device=generator.device, dtype=BF16)
-
-
-def _random_bytes(generator: torch.Generator, *shape: int, low: int = 0, high: int = 256) -> Tensor:
-    return torch.randint(low, high, shape, generator=generator, device=generator.device, dtype=torch.uint8)
-
-
-def _block_scales(generator: torch.Generator, ue8m0: bool, *shape: int) -> Tensor:
-    """Scales around 1, so that products neither overflow nor vanish: E4M3 0.5 to 1.875, UE8M0 2^-3 to 2^0."""
-    low, high = (124, 128) if ue8m0 else (0x30, 0x40)
-    return _random_bytes(generator, *shape, low=low, high=high)
-
-
-def _quantized(g: torch.Generator, fmt: str, rows: int, k: int, layout: str) -> tuple[Tensor, Tensor]:
-    """Elements and block scales ``[rows, K]`` as the quantisers would give them."""
-    block = 16 if fmt == "nvfp4" else 32
-    scales = scale_layouts.swizzle(_block_scales(g, fmt != "nvfp4", rows, k // block), layout)
-    if fmt == "mxfp8":
-        return _normal(g, rows, k).to(torch.float8_e4m3fn), scales.flatten()
-    return _random_bytes(g, rows, k // 2), scales
-
-
-def _packed_bytes(fmt: str, rows: int, k: int, layout: str) -> int:
-    """Bytes of a quantised matrix with its scales."""
-    block = 16 if fmt == "nvfp4" else 32
-    padded_rows, padded_columns = scale_shape(rows, k // block, layout)
-    return rows * k // (1 if fmt == "mxfp8" else 2) + padded_rows * padded_columns
-
-
-def _one(device: torch.device) -> Tensor:
-    return torch.ones(1, device=device)
-
-
 # Quantise and dequantise
 
 _FP4_FLAGS: dict[str, dict[str, Any]] = {"nvfp4": {}, "mxfp4": {"sf_vec_size": 32, "sf_use_ue8m0": True}}
@@ -111,55 +72,65 @@ _LAYOUT_FLAGS: dict[str, dict[str, Any]] = {
 
 def fp4_quantize(m: int, k: int, fmt: str = "nvfp4", layout: str = "128x4", **more: Any) -> Case:
     def build(device: torch.device, g: torch.Generator) -> Sample:
-        x = _normal(g, m, k)
+        x = inputs.normal(g, m, k)
         scale = (2688 / x.abs().amax().float()).reshape(1) if fmt == "nvfp4" else None
         return Sample("", (x, scale), {**_FP4_FLAGS[fmt], **_LAYOUT_FLAGS[layout]})
 
-    total = 2 * m * k + _packed_bytes(fmt, m, k, layout) + (4 if fmt == "nvfp4" else 0)
+    total = 2 * m * k + inputs.packed_bytes(fmt, m, k, layout) + (4 if fmt == "nvfp4" else 0)
     return Case("fp4_quantize", f"{fmt}-{layout}", m, 0, k, total, 0, build, **more)
 
 
 def silu_and_mul_fp4_quantize(m: int, k: int, fmt: str = "nvfp4", layout: str = "128x4", **more: Any) -> Case:
     def build(device: torch.device, g: torch.Generator) -> Sample:
         scale = torch.full((1,), 2688 / 16.0, device=device) if fmt == "nvfp4" else None
-        return Sample("", (_normal(g, m, 2 * k), scale), {**_FP4_FLAGS[fmt], **_LAYOUT_FLAGS[layout]})
+        return Sample("", (inputs.normal(g, m, 2 * k), scale), {**_FP4_FLAGS[fmt], **_LAYOUT_FLAGS[layout]})
 
-    total = 2 * m * 2 * k + _packed_bytes(fmt, m, k, layout) + (4 if fmt == "nvfp4" else 0)
+    total = 2 * m * 2 * k + inputs.packed_bytes(fmt, m, k, layout) + (4 if fmt == "nvfp4" else 0)
     return Case("silu_and_mul_fp4_quantize", f"{fmt}-{layout}", m, 0, k, total, 0, build, **more)
 
 
 def rms_norm_fp4_quantize(m: int, k: int, fmt: str = "nvfp4", layout: str = "128x4", **more: Any) -> Case:
     def build(device: torch.device, g: torch.Generator) -> Sample:
         scale = torch.full((1,), 2688 / 16.0, device=device) if fmt == "nvfp4" else None
-        return Sample("", (_normal(g, m, k), _normal(g, k), scale), {**_FP4_FLAGS[fmt], **_LAYOUT_FLAGS[layout]})
+        return Sample(
+            "", (inputs.normal(g, m, k), inputs.normal(g, k), scale), {**_FP4_FLAGS[fmt], **_LAYOUT_FLAGS[layout]}
+        )
 
-    total = 2 * m * k + 2 * k + _packed_bytes(fmt, m, k, layout) + (4 if fmt == "nvfp4" else 0)
+    total = 2 * m * k + 2 * k + inputs.packed_bytes(fmt, m, k, layout) + (4 if fmt == "nvfp4" else 0)
     return Case("rms_norm_fp4_quantize", f"{fmt}-{layout}", m, 0, k, total, 0, build, **more)
 
 
 def fp4_dequantize(m: int, k: int, fmt: str = "nvfp4", layout: str = "128x4", **more: Any) -> Case:
     def build(device: torch.device, g: torch.Generator) -> Sample:
-        scale = _one(device) if fmt == "nvfp4" else None
+        scale = inputs.one(device) if fmt == "nvfp4" else None
         flags = {**_FP4_FLAGS[fmt], **_LAYOUT_FLAGS[layout], "out_dtype": BF16}
-        return Sample("", (*_quantized(g, fmt, m, k, layout), scale), flags)
+        return Sample("", (*inputs.quantized(g, fmt, m, k, layout), scale), flags)
 
-    total = 2 * m * k + _packed_bytes(fmt, m, k, layout) + (4 if fmt == "nvfp4" else 0)
+    total = 2 * m * k + inputs.packed_bytes(fmt, m, k, layout) + (4 if fmt == "nvfp4" else 0)
     return Case("fp4_dequantize", f"{fmt}-{layout}", m, 0, k, total, 0, build, **more)
 
 
 def mxfp8_quantize(m: int, k: int, layout: str = "128x4", **more: Any) -> Case:
-    total = 2 * m * k + _packed_bytes("mxfp8", m, k, layout)
+    total = 2 * m * k + inputs.packed_bytes("mxfp8", m, k, layout)
     swizzled = layout != "linear"
     return Case(
-        "mxfp8_quantize", layout, m, 0, k, total, 0, lambda device, g: Sample("", (_normal(g, m, k), swizzled)), **more
+        "mxfp8_quantize",
+        layout,
+        m,
+        0,
+        k,
+        total,
+        0,
+        lambda device, g: Sample("", (inputs.normal(g, m, k), swizzled)),
+        **more,
     )
 
 
 def mxfp8_dequantize(m: int, k: int, layout: str = "128x4", **more: Any) -> Case:
     def build(device: torch.device, g: torch.Generator) -> Sample:
-        return Sample("", (*_quantized(g, "mxfp8", m, k, layout), layout != "linear"), {"out_dtype": BF16})
+        return Sample("", (*inputs.quantized(g, "mxfp8", m, k, layout), layout != "linear"), {"out_dtype": BF16})
 
-    total = 2 * m * k + _packed_bytes("mxfp8", m, k, layout)
+    total = 2 * m * k + inputs.packed_bytes("mxfp8", m, k, layout)
     return Case("mxfp8_dequantize", layout, m, 0, k, total, 0, build, **more)
 
 
@@ -168,18 +139,18 @@ def mxfp8_dequantize(m: int, k: int, layout: str = "128x4", **more: Any) -> Case
 
 def nvfp4_kv_quantize(m: int, k: int, **more: Any) -> Case:
     def build(device: torch.device, g: torch.Generator) -> Sample:
-        x = _normal(g, m, k)
+        x = inputs.normal(g, m, k)
         return Sample("", (x, (x.abs().amax().float() / 2688).reshape(1)))
 
-    total = 2 * m * k + _packed_bytes("nvfp4", m, k, "linear") + 4
+    total = 2 * m * k + inputs.packed_bytes("nvfp4", m, k, "linear") + 4
     return Case("nvfp4_kv_quantize", "nvfp4", m, 0, k, total, 0, build, **more)
 
 
 def nvfp4_kv_dequantize(m: int, k: int, **more: Any) -> Case:
     def build(device: torch.device, g: torch.Generator) -> Sample:
-        return Sample("", (*_quantized(g, "nvfp4", m, k, "linear"), _one(device)))
+        return Sample("", (*inputs.quantized(g, "nvfp4", m, k, "linear"), inputs.one(device)))
 
-    total = 2 * m * k + _packed_bytes("nvfp4", m, k, "linear") + 4
+    total = 2 * m * k + inputs.packed_bytes("nvfp4", m, k, "linear") + 4
     return Case("nvfp4_kv_dequantize", "nvfp4", m, 0, k, total, 0, build, **more)
 
 
@@ -193,12 +164,12 @@ def nvfp4_kv_quantize_store(tokens: int, heads: int, dim: int, kv_layout: str = 
             torch.zeros(pages, *middle, last, dtype=torch.uint8, device=device)
             for last in (dim // 2, dim // 2, dim // 16, dim // 16)
         ]
-        new = (_normal(g, tokens, heads, dim), _normal(g, tokens, heads, dim))
+        new = (inputs.normal(g, tokens, heads, dim), inputs.normal(g, tokens, heads, dim))
         scale = torch.full((1,), 5 / 2688, device=device)
         return Sample("", (*new, slots, *caches, scale, scale.clone(), kv_layout))
 
     rows = tokens * heads
-    total = 2 * (2 * rows * dim + _packed_bytes("nvfp4", rows, dim, "linear")) + 8 * tokens + 8
+    total = 2 * (2 * rows * dim + inputs.packed_bytes("nvfp4", rows, dim, "linear")) + 8 * tokens + 8
     return Case("nvfp4_kv_quantize_store", kv_layout, tokens, heads, dim, total, 0, build, **more)
 
 
@@ -206,18 +177,17 @@ def _paged(g: torch.Generator, batch: int, tokens: int, heads: int, dim: int) ->
     """Full sequences on shuffled pages (NHD). Block scales are 1/2 and 1, so that E4M3, too, holds all values."""
     pages = -(-tokens // shapes.KV_PAGE)
     shape = (batch * pages, shapes.KV_PAGE, heads)
-    codes = [_random_bytes(g, *shape, dim // 2) for _ in "kv"]
-    scales = [_random_bytes(g, *shape, dim // 16, high=2) * 8 + 0x30 for _ in "kv"]
+    codes = [inputs.random_bytes(g, *shape, dim // 2) for _ in "kv"]
+    scales = [inputs.random_bytes(g, *shape, dim // 16, high=2) * 8 + 0x30 for _ in "kv"]
     tables = torch.randperm(batch * pages, generator=g, device=g.device).int().view(batch, pages)
     lengths = torch.full((batch,), tokens, dtype=torch.int32, device=g.device)
-    one = _one(g.device)
-    return (*codes, *scales, tables, lengths, one, one.clone())
+    return (*codes, *scales, tables, lengths, inputs.one(g.device), inputs.one(g.device))
 
 
 def _paged_bytes(batch: int, tokens: int, heads: int, dim: int) -> int:
     """What is read of a paged cache: codes and scales, page table, lengths and global scales."""
     pages = -(-tokens // shapes.KV_PAGE)
-    return 2 * _packed_bytes("nvfp4", batch * tokens * heads, dim, "linear") + 4 * batch * (pages + 1) + 8
+    return 2 * inputs.packed_bytes("nvfp4", batch * tokens * heads, dim, "linear") + 4 * batch * (pages + 1) + 8
 
 
 def nvfp4_kv_dequantize_paged(batch: int, tokens: int, heads: int, dim: int, **more: Any) -> Case:
@@ -234,7 +204,7 @@ def fp4_kv_attention_decode(batch: int, tokens: int, q_heads: int, heads: int, d
     """In the names m is sequences, n the tokens of each and k the head dimension."""
 
     def build(device: torch.device, g: torch.Generator) -> Sample:
-        return Sample("", (_normal(g, batch, q_heads, dim), *_paged(g, batch, tokens, heads, dim)))
+        return Sample("", (inputs.normal(g, batch, q_heads, dim), *_paged(g, batch, tokens, heads, dim)))
 
     total = _paged_bytes(batch, tokens, heads, dim) + 2 * 2 * batch * q_heads * dim
     flops = 2 * 2 * batch * q_heads * tokens * dim
@@ -245,33 +215,26 @@ def fp4_kv_attention_decode(batch: int, tokens: int, q_heads: int, heads: int, d
 # GEMMs
 
 
-def mm_bf16_fp4(m: int, n: int, k: int, fmt: str = "nvfp4", **more: Any) -> Case:
+def gemm(op_name: str, fmt: str, m: int, n: int, k: int, **more: Any) -> Case:
     def build(device: torch.device, g: torch.Generator) -> Sample:
-        alpha = _one(device) if fmt == "nvfp4" else None
-        weights = _quantized(g, fmt, n, k, "128x4")
-        return Sample("", (_normal(g, m, k), *weights, alpha), {"block_size": 16 if fmt == "nvfp4" else 32})
+        a = inputs.activations(g, op_name, fmt, m, k)
+        return inputs.gemm(op_name, a, inputs.Weight.random(g, fmt, n, k), inputs.alpha_of(fmt, device))
 
-    total = 2 * m * k + _packed_bytes(fmt, n, k, "128x4") + 2 * m * n + (4 if fmt == "nvfp4" else 0)
-    return Case("mm_bf16_fp4", fmt, m, n, k, total, 2 * m * n * k, build, **more)
+    of_a = 2 * m * k if op_name == "mm_bf16_fp4" else inputs.packed_bytes(fmt, m, k, "128x4")
+    total = of_a + inputs.packed_bytes(fmt, n, k, "128x4") + 2 * m * n + (4 if fmt == "nvfp4" else 0)
+    return Case(op_name, fmt, m, n, k, total, 2 * m * n * k, build, **more)
+
+
+def mm_bf16_fp4(m: int, n: int, k: int, fmt: str = "nvfp4", **more: Any) -> Case:
+    return gemm("mm_bf16_fp4", fmt, m, n, k, **more)
 
 
 def mm_fp4(m: int, n: int, k: int, fmt: str = "nvfp4", **more: Any) -> Case:
-    def build(device: torch.device, g: torch.Generator) -> Sample:
-        (a, a_sf), (b, b_sf) = (_quantized(g, fmt, rows, k, "128x4") for rows in (m, n))
-        flags = {"block_size": 16 if fmt == "nvfp4" else 32, "use_nvfp4": fmt == "nvfp4"}
-        return Sample("", (a, b.T, a_sf, b_sf.T, _one(device) if fmt == "nvfp4" else None), flags)
-
-    total = sum(_packed_bytes(fmt, rows, k, "128x4") for rows in (m, n)) + 2 * m * n + (4 if fmt == "nvfp4" else 0)
-    return Case("mm_fp4", fmt, m, n, k, total, 2 * m * n * k, build, dtype=fmt, **more)
+    return gemm("mm_fp4", fmt, m, n, k, dtype=fmt, **more)
 
 
 def mm_mxfp8(m: int, n: int, k: int, **more: Any) -> Case:
-    def build(device: torch.device, g: torch.Generator) -> Sample:
-        (a, a_sf), (b, b_sf) = (_quantized(g, "mxfp8", rows, k, "128x4") for rows in (m, n))
-        return Sample("", (a, b.T, a_sf, b_sf))
-
-    total = sum(_packed_bytes("mxfp8", rows, k, "128x4") for rows in (m, n)) + 2 * m * n
-    return Case("mm_mxfp8", "mxfp8", m, n, k, total, 2 * m * n * k, build, dtype="mxfp8", **more)
+    return gemm("mm_mxfp8", "mxfp8", m, n, k, dtype="mxfp8", **more)
 
 
 def routing(tokens: int, experts: int, top_k: int) -> tuple[Tensor, Tensor]:
@@ -291,10 +254,10 @@ def cutlass_fused_moe(tokens: int, model: str, fmt: str = "mxfp4", layout: str =
 
     def build(device: torch.device, g: torch.Generator) -> Sample:
         ids, final = (t.to(device) for t in routing(tokens, experts, top_k))
-        weights = [_random_bytes(g, experts, rows, k // 2) for rows, k in matrices]
+        weights = [inputs.random_bytes(g, experts, rows, k // 2) for rows, k in matrices]
         scales: list[Tensor] = []
         for rows, k in matrices:
-            scales.append(_block_scales(g, fmt == "mxfp4", experts, rows, k // block))
+            scales.append(inputs.block_scales(g, fmt == "mxfp4", experts, rows, k // block))
             if fmt == "mxfp4":
                 scales[-1] -= 6  # there is no global scale to bring sums over K back to the size of one term
             else:
@@ -303,9 +266,11 @@ def cutlass_fused_moe(tokens: int, model: str, fmt: str = "mxfp4", layout: str =
             weights = [weight_layouts.interleave_moe_weights_for_sm90_mixed_gemm(w) for w in weights]
             scales = [weight_layouts.interleave_moe_scales_for_sm90_mixed_gemm(s) for s in scales]
         kwargs = {"use_w4_group_scaling": True, "weight_layout": layout}
-        return Sample("", (_normal(g, tokens, hidden), ids, final, *weights, BF16, scales), kwargs)
+        return Sample("", (inputs.normal(g, tokens, hidden), ids, final, *weights, BF16, scales), kwargs)
 
-    expert_bytes = sum(_packed_bytes(fmt, rows, k, "linear") for rows, k in matrices) + (8 if fmt == "nvfp4" else 0)
+    expert_bytes = sum(inputs.packed_bytes(fmt, rows, k, "linear") for rows, k in matrices) + (
+        8 if fmt == "nvfp4" else 0
+    )
     total = 2 * 2 * tokens * hidden + 8 * tokens * top_k + hit * expert_bytes
     flops = 2 * tokens * top_k * sum(rows * k for rows, k in matrices)
     family = f"w4a16-{fmt}-{layout}-{model}"

@@ -45,7 +45,7 @@ from torch_fp4ops.nn import quantize_
 
 MODES = ("eager", "piecewise", "compiled", "graph")
 _NO_GRAPHS = {"triton.cudagraph_capture_sizes": ()}
-_SIZES = ("hidden", "layers", "heads", "kv_heads", "intermediate", "vocabulary", "length")
+SIZES = ("hidden", "layers", "heads", "kv_heads", "intermediate", "vocabulary", "length")
 WEIGHTS = ("bf16", "nvfp4-w4a16")
 
 
@@ -105,13 +105,15 @@ def _synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def _inputs(batch: int, shape: decoder.Shape, device: str) -> tuple[Tensor, Tensor]:
+def step_inputs(batch: int, shape: decoder.Shape, device: str) -> tuple[Tensor, Tensor]:
     tokens = torch.arange(batch, device=device) % shape.vocabulary
     # In the middle of the caches, where attention has something to read.
     return tokens, torch.full_like(tokens, shape.length // 2)
 
 
-def _make(weights: str, shape: decoder.Shape, device: str) -> decoder.Decoder:
+def make_model(weights: str, shape: decoder.Shape, device: str) -> decoder.Decoder:
+    """With random weights of a fixed seed. Whatever times a model takes it from here, so what brings its weights into
+    the layout of a backend belongs here, too."""
     torch.manual_seed(0)
     model = decoder.Decoder(shape, device=device).eval()
     if weights != "bf16":
@@ -121,10 +123,10 @@ def _make(weights: str, shape: decoder.Shape, device: str) -> decoder.Decoder:
 
 def measure(weights: str, shape: decoder.Shape, batches: list[int], device: str) -> Iterator[Row]:
     """The rows of a model; a mode that fails has its reason for a status, and the others go on."""
-    model = _make(weights, shape, device)
+    model = make_model(weights, shape, device)
     pieces = piecewise(model, batches, split=[decoder.ATTENTION])
     for batch in batches:
-        given = _inputs(batch, shape, device)
+        given = step_inputs(batch, shape, device)
         decoder.mark_batch(*given)
         for mode in MODES if device != "cpu" else MODES[:2]:
             # Inductor reads this at every call, so it is set around the loops and costs them nothing.
@@ -160,7 +162,7 @@ def main(argv: list[str] | None = None) -> int:
     """Measure and print; exit status 1 if a mode failed."""
     argv = sys.argv[1:] if argv is None else argv
     options = _parser().parse_args(argv)
-    shape = replace(decoder.Shape(), **{n: v for n, v in vars(options).items() if n in _SIZES and v is not None})
+    shape = replace(decoder.Shape(), **{n: v for n, v in vars(options).items() if n in SIZES and v is not None})
     shape = replace(shape, batch=max(options.batches))
     facts = {
         "gpu": torch.cuda.get_device_name() if options.device == "cuda" else "cpu",
@@ -216,7 +218,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--backend", default="triton", help="of the NVFP4 model's ops (default: triton)")
     parser.add_argument("--no-ops", action="store_true", help="leave out the eager calls of each op")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
-    for name in _SIZES:
+    for name in SIZES:
         parser.add_argument(f"--{name.replace('_', '-')}", dest=name, type=int, metavar="N")
     return parser
 

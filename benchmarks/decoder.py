@@ -1,7 +1,7 @@
-"""A Llama-style decoder that makes one decoding step: what ``decode_step.py`` times and GPU tests capture.
+"""A Llama-style decoder: what ``decode_step.py`` and ``end_to_end.py`` time and GPU tests capture.
 
-Written for capture: caches are buffers, positions are tensors, attention is one opaque operator at which a graph can
-be split.
+Written for capture: caches are buffers, positions are tensors, attention to the caches is one opaque operator at which
+a graph can be split.
 """
 
 from __future__ import annotations
@@ -13,25 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-ATTENTION = "torch_fp4ops_benchmarks::decode_attention"
+from .attention import ATTENTION, decode_attention
 
-
-@torch.library.custom_op(ATTENTION, mutates_args=())
-def decode_attention(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
-    """One query token of each sequence over its cache, up to its position.
-
-    ``q`` [batch, heads, D], ``keys`` and ``values`` [at least batch, length, KV heads, D]; like q.
-    """
-    keys, values = (t[: q.shape[0]].transpose(1, 2) for t in (keys, values))
-    mask = torch.arange(keys.shape[2], device=q.device) <= positions[:, None]
-    out = nn.functional.scaled_dot_product_attention(q.unsqueeze(2), keys, values, mask[:, None, None], enable_gqa=True)
-    return out.squeeze(2).contiguous()
-
-
-@decode_attention.register_fake
-def _(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
-    return torch.empty_like(q, memory_format=torch.contiguous_format)
-
+__all__ = ["ATTENTION", "CAN_MARK_BATCH", "Decoder", "Layer", "Shape", "decode_attention", "mark_batch"]
 
 CAN_MARK_BATCH = "shape_id" in inspect.signature(torch._dynamo.decorators.mark_unbacked).parameters
 
@@ -89,24 +73,40 @@ class Layer(nn.Module):
                 self.register_buffer(kv_name, torch.zeros(*rows, shape.head_dim, **factory))
 
     def forward(self, x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """``x`` [tokens, hidden] of the tokens at ``positions`` [batch] or, whole prompts, [batch, length]."""
         shape = self.shape
         kv = shape.kv_heads * shape.head_dim
         qkv = self.qkv(self.norm1(x)).split([shape.hidden, kv, kv], -1)
         q, key, value = (t.unflatten(-1, (-1, shape.head_dim)) for t in qkv)
         q, key = _rotate(q, cos, sin), _rotate(key, cos, sin)
-        rows = torch.arange(x.shape[0], device=x.device)
+        self._store(key, value, positions)
+        if positions.dim() == 2:
+            q, key, value = (t.unflatten(0, positions.shape).transpose(1, 2) for t in (q, key, value))
+            out = nn.functional.scaled_dot_product_attention(q, key, value, is_causal=True, enable_gqa=True)
+            attended = out.transpose(1, 2).flatten(0, 1)
+        else:
+            attended = decode_attention(q, *self._caches(), positions)
+        x = x + self.out(attended.flatten(1))
+        gate, up = self.gate_up(self.norm2(x)).chunk(2, -1)
+        return x + self.down(nn.functional.silu(gate) * up)
+
+    def _store(self, key: Tensor, value: Tensor, positions: Tensor) -> None:
+        rows = torch.arange(positions.shape[0], device=positions.device)
+        if positions.dim() == 2:
+            rows = rows[:, None].expand(positions.shape).flatten()
+            positions = positions.flatten()
         if self.nvfp4_cache:
             caches, scale = (self.keys, self.values, self.keys_sf, self.values_sf), self.cache_scale
-            torch.ops.fp4.nvfp4_kv_quantize_store(key, value, rows * shape.length + positions, *caches, scale, scale)
-            pairs = ((self.keys, self.keys_sf), (self.values, self.values_sf))
-            keys, values = (self._dequantized(*pair) for pair in pairs)
+            slots = rows * self.shape.length + positions
+            torch.ops.fp4.nvfp4_kv_quantize_store(key, value, slots, *caches, scale, scale)
         else:
             self.keys.index_put_((rows, positions), key)
             self.values.index_put_((rows, positions), value)
-            keys, values = self.keys, self.values
-        x = x + self.out(decode_attention(q, keys, values, positions).flatten(1))
-        gate, up = self.gate_up(self.norm2(x)).chunk(2, -1)
-        return x + self.down(nn.functional.silu(gate) * up)
+
+    def _caches(self) -> tuple[Tensor, Tensor]:
+        if self.nvfp4_cache:
+            return self._dequantized(self.keys, self.keys_sf), self._dequantized(self.values, self.values_sf)
+        return self.keys, self.values
 
     def _dequantized(self, codes: Tensor, scales: Tensor) -> Tensor:
         # Of all sequences: not every torch compiles a slice by an unbacked batch.
@@ -115,7 +115,9 @@ class Layer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """``step(tokens [batch], positions [batch]) -> logits [batch, vocabulary]``; writes each token into the caches.
+    """``model(tokens [batch], positions [batch]) -> logits [batch, vocabulary]``; writes each token into the caches.
+
+    With ``[batch, length]`` each sequence is a whole prompt, from position 0, and the logits are its last token's.
 
     Args:
         shape: ``shape.batch`` and ``shape.length`` are the caches'; a step may have fewer sequences.
@@ -136,11 +138,13 @@ class Decoder(nn.Module):
         self.register_buffer("frequencies", frequencies, persistent=False)
 
     def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        angles = positions[:, None, None] * self.frequencies
-        x = self.embedding(tokens)
+        angles = positions.flatten()[:, None, None] * self.frequencies
+        x = self.embedding(tokens.flatten())
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         for layer in self.layers:
             x = layer(x, positions, cos, sin)
+        if positions.dim() == 2:
+            x = x.unflatten(0, positions.shape)[:, -1]
         return self.head(self.norm(x))
 
     def clear(self) -> None:

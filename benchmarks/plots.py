@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import peers
+from . import peers, table
 from .report import CEILING, Row, ceilings_of
 
 # One colour and marker a backend in every figure (the palette is Okabe and Ito's, for all kinds of colour vision).
@@ -20,6 +20,9 @@ STYLES = {
     "flashinfer-direct": ("#CC79A7", "P"),
     "gemlite": ("#56B4E9", "X"),
     "torchao": ("#B8A800", "*"),
+    "gluon": ("#882255", "s"),
+    "marlin": ("#44AA99", "X"),
+    "triton_kernels": ("#999933", "P"),
 }
 _OTHER = ("#000000", "x")
 _DPI = 130
@@ -31,11 +34,7 @@ _MOST_PANELS = 4
 def plot_all(rows: Sequence[Row], directory: Path) -> list[Path]:
     """Draw a figure of times for every op and family with more than one shape (matrix products by M, the rest by
     bytes), and maps of speed-ups where the shapes make a grid. Returns the files."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise SystemExit("--plot needs matplotlib: pip install matplotlib") from error
-    matplotlib.use("Agg")
+    _use_matplotlib()
     directory.mkdir(parents=True, exist_ok=True)
     written = []
     timed = [row for row in rows if row.timed and row.op != CEILING]
@@ -57,6 +56,78 @@ def plot_all(rows: Sequence[Row], directory: Path) -> list[Path]:
     return written
 
 
+def plot_gemm_table(rows: Sequence[table.Row], directory: Path) -> list[Path]:
+    """Maps of the best own backend's speed-up over cuBLAS and over Marlin, M by N x K, for each op and format."""
+    _use_matplotlib()
+    directory.mkdir(parents=True, exist_ok=True)
+    found = table.ratios(rows)
+    written = []
+    for group in dict.fromkeys(row.group for row in rows):
+        mine = [row for row in rows if row.group == group and row.own and row.timed]
+        for baseline, name in ((table.BASELINE, "vs_cublas"), (table.RIVAL, "vs_marlin")):
+            grid: Grid = {}
+            for row in mine:
+                cell = row.m, _column(row)
+                if row in found[name]:
+                    grid[cell] = max(found[name][row], grid.get(cell, 0.0))
+            if grid:
+                path = directory / f"{'-'.join(group)}-table-vs-{baseline}.png"
+                written.append(_save(_speed_up_map, path, mine, baseline, grid))
+    return written
+
+
+def plot_tokens_per_second(rows: Sequence[Any], directory: Path) -> Path:
+    """A panel for each phase of ``end_to_end.py``: tokens per second by batch, with the speed-up over bf16."""
+    _use_matplotlib()
+    directory.mkdir(parents=True, exist_ok=True)
+    return _save(_tokens_per_second, directory / "end-to-end.png", [row for row in rows if row.us > 0])
+
+
+def _tokens_per_second(rows: Sequence[Any]) -> Any:
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    phases = list(dict.fromkeys(row.phase for row in rows))
+    figure, grid = plt.subplots(
+        1, len(phases), figsize=(1.2 + 4.6 * len(phases), 4.6), squeeze=False, layout="constrained"
+    )
+    handles: dict[str, Any] = {}
+    for axes, phase in zip(grid[0], phases, strict=True):
+        kinds = list(dict.fromkeys(row.weights for row in rows))
+        batches = sorted({row.batch for row in rows if row.phase == phase})
+        for i, kind in enumerate(kinds):
+            mine = {row.batch: row for row in rows if (row.phase, row.weights) == (phase, kind)}
+            x = [j + (i - (len(kinds) - 1) / 2) * 0.8 / len(kinds) for j, b in enumerate(batches) if b in mine]
+            y = [mine[b].tokens_per_s for b in batches if b in mine]
+            colour = STYLES["cublas-bf16" if kind == "bf16" else "triton"][0]
+            handles[kind] = axes.bar(x, y, 0.8 / len(kinds), color=colour)
+            for place, height, batch in zip(x, y, [b for b in batches if b in mine], strict=True):
+                if kind != "bf16" and mine[batch].speed_up > 0:
+                    text = f"{mine[batch].speed_up:.2f}x"
+                    axes.annotate(text, (place, height), xytext=(0, 2), textcoords="offset points", ha="center")
+        axes.set_xticks(range(len(batches)), [str(b) for b in batches])
+        axes.set_yscale("log")
+        axes.margins(y=0.12)
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.grid(True, axis="y", which="major", alpha=0.35)
+        axes.set_title(phase, fontsize=12)
+        axes.set_xlabel("sequences", fontsize=11.5)
+        axes.set_ylabel("tokens per second", fontsize=11.5)
+    gpus = ", ".join(sorted({row.gpu for row in rows}))
+    figure.suptitle(f"tokens per second, each step one graph, on {gpus}", fontsize=13)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2, fontsize=10.5, frameon=False)
+    return figure
+
+
+def _use_matplotlib() -> None:
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise SystemExit("--plot needs matplotlib: pip install matplotlib") from error
+    matplotlib.use("Agg")
+
+
 def _save(draw: Callable[..., Any], path: Path, *arguments: Any) -> Path:
     import matplotlib.pyplot as plt
 
@@ -66,7 +137,7 @@ def _save(draw: Callable[..., Any], path: Path, *arguments: Any) -> Path:
     return path
 
 
-def _title(rows: Sequence[Row], what: str) -> str:
+def _title(rows: Sequence[Row | table.Row], what: str) -> str:
     gpus = ", ".join(sorted({row.gpu for row in rows if row.gpu}))
     return f"{rows[0].op}, {rows[0].family}\n{what} on {gpus}"
 
@@ -176,7 +247,7 @@ def _bytes_text(value: float) -> str:
 Grid = dict[tuple[int, str], float]
 
 
-def _column(row: Row) -> str:
+def _column(row: Row | table.Row) -> str:
     return f"{row.n} x {row.k}" if row.n else f"{row.k}"
 
 
@@ -210,7 +281,7 @@ def _column_order(column: str) -> tuple[int, ...]:
     return tuple(int(part) for part in column.split(" x "))
 
 
-def _speed_up_map(rows: Sequence[Row], baseline: str, grid: Grid) -> Any:
+def _speed_up_map(rows: Sequence[Row | table.Row], baseline: str, grid: Grid) -> Any:
     import matplotlib.pyplot as plt
     from matplotlib.colors import TwoSlopeNorm
 

@@ -21,7 +21,7 @@ if str(Path(__file__).parent.parent) not in sys.path:
 
 import torch
 
-from benchmarks import cases, peers, plots, report, timing, verify
+from benchmarks import cases, inputs, peers, plots, report, timing, verify
 from benchmarks.cases import Case
 from benchmarks.report import Row
 from torch_fp4ops.registry import OPS
@@ -168,18 +168,22 @@ def measure_case(
         # An op that writes must not find in the check what the timing of another backend wrote.
         pristine = samples[0].clone() if op.default._schema.is_mutable else samples[0]
         expected = verify.Expected(case, pristine)
-        call = op.check(*samples[0].args, **samples[0].kwargs)
+        op.check(*samples[0].args, **samples[0].kwargs)
     except Exception as error:  # out of memory, most likely
         yield replace(base, backend="inputs", status=_failure(error))
         return
     for name in candidates:
-        reason = op.why_not(name, call)
+        try:
+            mine = [inputs.for_backend(case.op, name, s) for s in samples]
+            reason = op.why_not(name, op.check(*mine[0].args, **mine[0].kwargs))
+        except ValueError as error:  # a weight that can't be prepared
+            reason = _one_line(error)
         if reason is not None:
             yield replace(base, backend=name, status=f"refused: {reason}")
             continue
 
-        def prepare(name: str = name) -> Prepared:
-            return _own(op, name, samples, expected)
+        def prepare(name: str = name, mine: Sequence[Sample] = mine) -> Prepared:
+            return _own(op, name, mine, expected)
 
         yield _timed_row(replace(base, backend=name), prepare, case, device, ceilings)
     for peer in rivals:
@@ -193,7 +197,7 @@ def measure_case(
 
 
 def _own(op: Any, name: str, samples: Sequence[Sample], expected: verify.Expected) -> Prepared:
-    copy = expected.sample.clone()
+    copy = inputs.for_backend(op.name, name, expected.sample.clone())
     with verify.poisoned_memory():
         out = op(*copy.args, **copy.kwargs, backend=name)
     try:

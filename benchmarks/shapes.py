@@ -28,7 +28,16 @@ MODEL_ACTIVATIONS = (
     (4608, 15360, "flux.single-out"),
 )
 
-GEMM_WEIGHTS = ((4096, 4096), (28672, 8192), (8192, 28672), (7168, 2048))
+# (N, K, where it comes from): the table of GEMMs.
+GEMM_TABLE = (
+    (28672, 8192, "llama3-70b.up"),
+    (8192, 28672, "llama3-70b.down"),
+    (4096, 4096, "llama3-8b.o"),
+    (7168, 2048, "deepseek-v3.expert-down"),
+)
+GEMM_TABLE_ROWS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096, 8192)
+
+GEMM_WEIGHTS = tuple((n, k) for n, k, _ in GEMM_TABLE)
 GEMM_ROWS = (1, 4, 16, 64, 256, 1024, 4096, 8192)
 
 # (M, N, K): sizes that are no multiple of any tile; K is whole blocks of 32.

@@ -20,11 +20,24 @@ import torch
 
 Calls = Sequence[Callable[[], Any]]
 
-ROTATED_BYTES = 256 << 20
+ROTATED_BYTES = 340 << 20
 MOST_SETS = 128  # tiny inputs: they are L2 resident in a model, too
 MOST_CALLS = 400
-REPLAY_US = 3000.0
-TOTAL_US = 1.5e6
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long a figure may take: of one replay, and of all of them together."""
+
+    replay_us: float = 3000.0
+    total_us: float = 1.5e6
+    most_replays: int = 15
+    warm_replays: int = 3
+
+
+FULL = Effort()
+QUICK = Effort(replay_us=1000.0, total_us=20000.0, most_replays=9, warm_replays=2)
+"""For tables of hundreds of rows: a long call is replayed three times."""
 
 
 @dataclass(frozen=True)
@@ -59,60 +72,69 @@ def tflops(flops: float, us: float) -> float:
 
 
 def sets_for(bytes_per_set: int, l2_bytes: int = 0) -> int:
-    """How many copies of the inputs make 256 MB, and more than twice the L2."""
+    """How many copies of the inputs make 340 MiB, and more than twice the L2."""
     wanted = max(ROTATED_BYTES, 2 * l2_bytes + 1)
     return max(1, min(MOST_SETS, math.ceil(wanted / max(1, bytes_per_set))))
 
 
-def calls_per_replay(estimate_us: float, sets: int) -> int:
+def calls_per_replay(estimate_us: float, sets: int, effort: Effort = FULL) -> int:
     """Enough calls for a replay of some milliseconds, in whole rounds through the sets where those are short."""
-    if estimate_us > REPLAY_US:
-        return min(sets, max(1, int(4 * REPLAY_US / estimate_us)))
-    rounds = math.ceil(REPLAY_US / max(estimate_us, 0.5) / sets)
+    if estimate_us > effort.replay_us:
+        return min(sets, max(1, int(4 * effort.replay_us / estimate_us)))
+    rounds = math.ceil(effort.replay_us / max(estimate_us, 0.5) / sets)
     return max(1, min(rounds, MOST_CALLS // sets)) * sets
 
 
-def replays_for(replay_us: float) -> int:
-    return int(min(15, max(3, TOTAL_US / max(replay_us, 1.0))))
+def replays_for(replay_us: float, effort: Effort = FULL) -> int:
+    return int(min(effort.most_replays, max(3, effort.total_us / max(replay_us, 1.0))))
 
 
-def time_calls(calls: Calls, device: torch.device) -> Measurement:
+def time_calls(calls: Calls, device: torch.device, effort: Effort = FULL) -> Measurement:
     """Median microseconds of one of ``calls``, which do the same on different buffers."""
+    return timer_of(calls, device, effort)()
+
+
+def timer_of(calls: Calls, device: torch.device, effort: Effort = FULL) -> Callable[[], Measurement]:
+    """What measures ``calls`` as often as it is called; they are compiled, tuned and captured before this returns."""
     if device.type != "cuda":
-        return Measurement(time_on_cpu(calls), "cpu")
+        return lambda: Measurement(time_on_cpu(calls), "cpu")
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for call in (*calls[:2], calls[0]):  # compiles and tunes
             call()
         estimate = _time_events(lambda: (calls[0](), calls[-1]()), 1)[0] / 2
-        count = calls_per_replay(estimate, len(calls))
-        replays = replays_for(count * estimate)
+        count = calls_per_replay(estimate, len(calls), effort)
+        replays = replays_for(count * estimate, effort)
         try:
-            return Measurement(_time_graph(calls, count, replays, stream), "graph")
+            run, how = _captured(calls, count, stream), "graph"
         except Exception:
             torch.cuda.synchronize()  # raises if more than the capture is broken
+            how = "events"
 
-        def loop() -> None:
-            for i in range(count):
-                calls[i % len(calls)]()
+            def run() -> None:
+                for i in range(count):
+                    calls[i % len(calls)]()
 
-        return Measurement(median(_time_events(loop, replays)) / count, "events")
+    def measure() -> Measurement:
+        with torch.cuda.stream(stream):
+            if how == "graph":
+                for _ in range(min(effort.warm_replays, replays)):
+                    run()
+            return Measurement(median(_time_events(run, replays)) / count, how)
+
+    return measure
 
 
-def _time_graph(calls: Calls, count: int, replays: int, stream: torch.cuda.Stream) -> float:
+def _captured(calls: Calls, count: int, stream: torch.cuda.Stream) -> Callable[[], None]:
+    """The replay of a graph of ``count`` of the calls; it owns the outputs' memory."""
     # As many outputs stay alive as there are input sets: freed at once, they would all share one warm block.
     outputs: deque[Any] = deque(maxlen=len(calls))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
         for i in range(count):
             outputs.append(calls[i % len(calls)]())
-    for _ in range(min(3, replays)):
-        graph.replay()
-    times = _time_events(graph.replay, replays)
-    outputs.clear()
-    del graph
-    return median(times) / count
+    return graph.replay
 
 
 def _time_events(function: Callable[[], Any], times: int) -> list[float]:

@@ -18,6 +18,7 @@ from torch_fp4ops.ops._activations import rms_norm, silu_and_mul
 from torch_fp4ops.testing import Sample, assert_matmul_close, assert_same_bytes
 
 from .cases import Case
+from .inputs import Weight
 
 # What a peer's output may differ by: other roundings are fine, other results are not.
 PEER_BYTES = 1e-3
@@ -165,15 +166,25 @@ def _flat_bytes(t: Tensor) -> Tensor:
 
 
 def _gemm_operands(op_name: str, sample: Sample) -> tuple[Tensor, Tensor, Tensor | None]:
-    if op_name == "mm_mxfp8":
-        a, b, a_scales, b_scales = sample.args
-        return _mxfp8_values(a, a_scales), _mxfp8_values(b.T, b_scales), None
-    ue8m0 = sample.kwargs["block_size"] == 32
+    alpha = None if op_name == "mm_mxfp8" else sample.args[-1]
+    return activation_values(op_name, sample), weight_values(Weight.of(op_name, sample)), alpha
+
+
+def weight_values(weight: Weight) -> Tensor:
+    """Exact, in fp32 ``[n, k]``; of a plain weight."""
+    if weight.fmt == "mxfp8":
+        return _mxfp8_values(weight.elements, weight.scales)
+    return _fp4_values(weight.elements, weight.scales, weight.fmt == "mxfp4")
+
+
+def activation_values(op_name: str, sample: Sample) -> Tensor:
+    """What a GEMM's op is given as ``a``, exact in fp32 ``[m, k]``."""
+    a = sample.args[0]
     if op_name == "mm_bf16_fp4":
-        a, b, b_scales, alpha = sample.args
-        return a.float(), _fp4_values(b, b_scales, ue8m0), alpha
-    a, b, a_scales, b_scales, alpha = sample.args
-    return _fp4_values(a, a_scales, ue8m0), _fp4_values(b.T, b_scales.T, ue8m0), alpha
+        return a.float()
+    if op_name == "mm_mxfp8":
+        return _mxfp8_values(a, sample.args[2])
+    return _fp4_values(a, sample.args[2], sample.kwargs["block_size"] == 32)
 
 
 def _fp4_values(codes: Tensor, scales: Tensor, ue8m0: bool) -> Tensor:

@@ -61,6 +61,7 @@ def compile_case(case: Any, target: str, listing: bool = False) -> Compiled:
     """Compile in this process; raises what Triton raises. Instructions are counted where a ``listing`` is asked for."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
     from torch_fp4ops.ops._triton_launch import LAUNCH_OPTIONS
 
@@ -70,9 +71,13 @@ def compile_case(case: Any, target: str, listing: bool = False) -> Compiled:
         case = case._replace(constants=constants, threads=threads)
     names = case.kernel.arg_names
     signature = {name: case.signature.get(name, "constexpr") for name in names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
+    whole = [signature[name].startswith("*") or name in case.multiples_of_16 for name in names]
+    aligned = {(i,): [["tt.divisibility", 16]] for i, is_whole in enumerate(whole) if is_whole}
     options = {**LAUNCH_OPTIONS, "num_warps": max(1, case.threads // gpu.warp_size)}
-    source = ASTSource(case.kernel, signature, case.constants, aligned)
+    if case.max_registers is not None:
+        options["maxnreg"] = case.max_registers
+    source_type = GluonASTSource if isinstance(case.kernel, GluonJITFunction) else ASTSource
+    source = source_type(case.kernel, signature, case.constants, aligned)
     kernel = triton.compile(source, target=gpu, options=options)
     if gpu.backend == "cuda":
         return _nvidia(kernel, listing)

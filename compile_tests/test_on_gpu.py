@@ -11,6 +11,7 @@ from torch._inductor import config as inductor_config
 from torch._inductor.utils import run_and_get_code
 
 from benchmarks import decoder
+from benchmarks.partition_graphs import PartitionGraphs
 from torch_fp4ops import OPS, explain, set_backend
 from torch_fp4ops.cuda_graphs import FirstUseInCapture, pad_to, piecewise, record_decisions, warmup
 from torch_fp4ops.nn import quantize_
@@ -68,7 +69,7 @@ class Attend:
     def __call__(self, x):
         q = torch.ops.fp4.mm_bf16_fp4(x, *self.w, self.alpha).view(-1, 4, 16)
         positions = torch.zeros(q.shape[0], dtype=torch.int64, device=q.device)
-        out = torch.ops.torch_fp4ops_benchmarks.decode_attention(q, q.unsqueeze(1), q.unsqueeze(1), positions)
+        out = decoder.decode_attention(q, q.unsqueeze(1), q.unsqueeze(1), positions)
         return torch.ops.fp4.mm_bf16_fp4(out.flatten(1), *self.v, self.alpha)
 
 
@@ -122,6 +123,30 @@ def test_a_decoder_in_pieces_equals_itself_without_graphs(kv_cache):
     assert recorded_graphs() == SHAPE.layers + 1
     model.clear()
     torch.testing.assert_close(wanted[0], model(*step_inputs(4)), atol=0.1, rtol=0.1)
+
+
+@pytest.mark.skipif(not decoder.CAN_MARK_BATCH, reason="this torch can't mark two tensors' batch as the same")
+@pytest.mark.parametrize("kv_cache", ["nvfp4", "bf16"])
+def test_the_candidate_runner_gives_what_the_parts_give_without_graphs(kv_cache):
+    model = quantized_decoder(kv_cache)
+
+    def decode(step, batch: int) -> list[Tensor]:
+        model.clear()
+        outs = []
+        for i in range(6):
+            given = step_inputs(batch, i)
+            decoder.mark_batch(*given)
+            outs.append(step(*given).clone())
+        return outs
+
+    sizes = (4, 2)
+    plain, pieces = (PartitionGraphs(model, listed, [decoder.ATTENTION], {}) for listed in ((), sizes))
+    wanted = {batch: decode(plain, batch) for batch in (*sizes, 3)}
+    torch._dynamo.reset()
+    for batch in (*sizes, 3, *sizes):
+        decode(pieces, batch)
+        for given, expected in zip(decode(pieces, batch), wanted[batch], strict=True):
+            assert_same_bytes(given, expected)
 
 
 def test_a_mixture_of_experts_in_pieces_equals_itself_without_graphs():

@@ -35,23 +35,24 @@ def test_rates_and_fractions():
     assert CEILINGS.fraction(40.0, 40e6, 0) == pytest.approx(0.25)
 
 
-def test_sets_exceed_256_mb_and_twice_the_l2():
-    assert timing.sets_for(300 << 20) == 1
-    assert timing.sets_for(100 << 20) == 3
+def test_sets_exceed_340_mb_and_twice_the_l2():
+    assert timing.sets_for(350 << 20) == 1
+    assert timing.sets_for(100 << 20) == 4
     assert timing.sets_for(100 << 20, l2_bytes=200 << 20) == 5
     assert timing.sets_for(100) == timing.MOST_SETS
 
 
 @pytest.mark.parametrize("estimate", [0.1, 2.0, 50.0, 2999.0, 3001.0, 1e5])
 @pytest.mark.parametrize("sets", [1, 3, 128])
-def test_a_replay_visits_the_sets_evenly_and_ends(estimate, sets):
-    count = timing.calls_per_replay(estimate, sets)
+@pytest.mark.parametrize("effort", [timing.FULL, timing.QUICK], ids=["full", "quick"])
+def test_a_replay_visits_the_sets_evenly_and_ends(estimate, sets, effort):
+    count = timing.calls_per_replay(estimate, sets, effort)
     assert 1 <= count <= timing.MOST_CALLS
-    if estimate <= timing.REPLAY_US:
+    if estimate <= effort.replay_us:
         assert count % sets == 0
     else:
-        assert count * estimate <= max(estimate, 4 * timing.REPLAY_US)
-    assert 3 <= timing.replays_for(count * estimate) <= 15
+        assert count * estimate <= max(estimate, 4 * effort.replay_us)
+    assert 3 <= timing.replays_for(count * estimate, effort) <= effort.most_replays
 
 
 def test_time_on_cpu_rotates_and_takes_the_median():

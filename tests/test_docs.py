@@ -10,6 +10,7 @@ import torch
 from torch._inductor import config
 
 from torch_fp4ops import OPS, probe
+from torch_fp4ops.kv_cache import methods
 from torch_fp4ops.ops.nvfp4_kv_dequantize import nvfp4_kv_dequantize
 
 DOCS = sorted((Path(__file__).parent.parent / "docs").glob("*.md"))
@@ -22,6 +23,7 @@ def fresh_ops(monkeypatch):
     nvfp4_kv_dequantize.backend_names()
     monkeypatch.setattr(nvfp4_kv_dequantize, "_backends", dict(nvfp4_kv_dequantize._backends))
     monkeypatch.setattr(probe, "_verdicts", {})
+    monkeypatch.setattr(methods, "_METHODS", dict(methods._METHODS))
     before = dict(OPS)
     yield
     for name in OPS.keys() - before.keys():
@@ -31,6 +33,8 @@ def fresh_ops(monkeypatch):
 @every_page
 def test_examples_run(page, capsys, fresh_dynamo, fresh_ops):
     namespace: dict[str, object] = {}
+    if page.name == "kv_cache.md":
+        pytest.importorskip("transformers")
     # A compiler pass does not run over a graph that comes from a cache.
     with config.patch(force_disable_caches=page.name == "fusion.md"):
         for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
@@ -44,6 +48,13 @@ def test_examples_run(page, capsys, fresh_dynamo, fresh_ops):
     elif page.name == "backends.md":
         assert namespace["y"].shape == (4, 1000)
         assert printed == "tensor([2.0000, 0.5000])"
+    elif page.name == "kv_cache.md":
+        # Two layers of keys and values, 2 x 19 tokens of two heads, each 36 bytes.
+        assert f"torch.Size([2, 20]) {2 * 2 * 2 * 19 * 2 * 36}\n" in printed
+        assert "v_sf_layout is 'interleaved'; allowed: 'linear'" in printed
+        assert printed.endswith("amax/2688 amax/448 [6.0, 6.0]")
+        assert torch.equal(namespace["k"][0, :20], namespace["k_of_slots"])
+        assert not torch._dynamo.utils.counters["graph_break"]
     elif page.name == "fusion.md":
         assert printed == "True {'rms_norm': 1, 'silu_and_mul': 1}"
 

@@ -20,6 +20,7 @@ LAYERS = (
         "codecs",
         "block_quantization",
         "scale_layouts",
+        "hopper_layout",
         "weight_layouts",
         "prepared_weights",
         "contracts",
@@ -89,7 +90,7 @@ def run(code: str) -> str:
 
 
 def test_import_needs_neither_triton_nor_flashinfer_and_loads_neither():
-    block = "import sys\nfor name in ('triton', 'flashinfer', 'transformers', 'hypothesis'):\n    sys.modules[name] = None\n"
+    block = "import sys\nfor name in ('triton', 'flashinfer', 'transformers', 'safetensors', 'hypothesis'):\n    sys.modules[name] = None\n"
     # A plain torch import may load triton by itself; what counts is what we add.
     added = (
         "import sys, torch\nbefore = set(sys.modules)\nimport torch_fp4ops\n"
@@ -97,7 +98,7 @@ def test_import_needs_neither_triton_nor_flashinfer_and_loads_neither():
     )
     assert run(added).strip() == "[]"
     works = (
-        block + "import torch, torch_fp4ops\nx = torch.ones(1, 16)\n"
+        block + "import torch, torch_fp4ops, torch_fp4ops.kv_cache, torch_fp4ops.nn\nx = torch.ones(1, 16)\n"
         "print(torch.ops.fp4.fp4_quantize(x, torch.ones(1))[0].sum().item())"
     )
     assert int(run(works)) > 0

@@ -119,7 +119,7 @@ GOOD = dict(zip(("weight", "scale"), quantized(N, K, 16, swizzled=False), strict
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"layout": "cutlass"}, "layout is 'cutlass'; allowed: 'plain' or 'trtllm'"),
+        ({"layout": "cutlass"}, "layout is 'cutlass'; allowed: 'plain' or 'trtllm' or 'hopper'"),
         ({"nibble_order": "guess"}, "nibble_order is 'guess'; allowed: 'low_first' or 'high_first'"),
         ({"scale_layout": "8x4"}, "scale_layout is '8x4'; allowed: 'linear' or '128x4'"),
         ({"scale_layout": "128x4"}, r"scale is \(40, 10\); allowed: \(128, 12\) \(128x4\)"),
@@ -141,7 +141,7 @@ def test_a_shuffled_weight_without_padding_is_refused_by_the_op():
     b, b_sf = quantized(N, K, 16)
     with pytest.raises(ValueError, match="b is of n = 40 with b_layout='trtllm'; allowed: n a multiple of 128"):
         torch.ops.fp4.mm_fp4(a, b.T, a_sf, b_sf.T, SCALE, b_layout="trtllm")
-    with pytest.raises(ValueError, match="b_layout is 'nz'; allowed: 'plain' or 'trtllm'"):
+    with pytest.raises(ValueError, match="b_layout is 'nz'; allowed: 'plain' or 'trtllm' or 'hopper'"):
         torch.ops.fp4.mm_fp4(a, b.T, a_sf, b_sf.T, SCALE, b_layout="nz")
 
 

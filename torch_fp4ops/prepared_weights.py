@@ -15,10 +15,12 @@ from torch import Tensor
 
 from . import scale_layouts
 from .codecs import as_bytes
+from .formats import MXFP4, MXFP8, NVFP4
 from .weight_layouts import (
     GEMM_LAYOUTS,
     interleave_moe_scales_for_sm90_mixed_gemm,
     interleave_moe_weights_for_sm90_mixed_gemm,
+    pack_hopper_weight,
     shuffle_matrix_a,
     shuffle_matrix_sf_a,
     swap_nibbles,
@@ -35,12 +37,12 @@ _ONE_AS_UE8M0 = 127
 
 @dataclass(frozen=True)
 class PreparedWeight:
-    """A weight ``[n, k]`` as one layout of :func:`mm_fp4` or :func:`mm_mxfp8` stores it.
+    """A weight ``[n, k]`` as one layout of :func:`mm_fp4`, :func:`mm_bf16_fp4` or :func:`mm_mxfp8` stores it.
 
     Attributes:
         weight: uint8 ``[N, K/2]`` (FP4) or float8_e4m3fn ``[N, K]`` (MXFP8), N and K padded where the layout wants it.
         scale: uint8 block scales in the 128x4 layout (of shuffled rows for ``"trtllm"``), ``[round_up(N, 128),
-            round_up(K / block_size, 4)]``; the only copy of them.
+            round_up(K / block_size, 4)]``, or ``[N, K / block_size]`` for ``"hopper"``; the only copy of them.
         layout: ``b_layout`` of the ops.
         n, k: sizes without padding.
         block_size: 16 for NVFP4, 32 for MXFP4 and MXFP8.
@@ -56,37 +58,52 @@ class PreparedWeight:
     def mm(
         self,
         a: Tensor,
-        a_descale: Tensor,
+        a_descale: Tensor | None = None,
         alpha: Tensor | None = None,
-        out_dtype: torch.dtype = torch.bfloat16,
+        out_dtype: torch.dtype | None = None,
         *,
         use_8x4_sf_layout: bool = False,
         backend: str = "auto",
     ) -> Tensor:
         """``dequantize(a) @ weight.T * alpha`` by :func:`mm_fp4`, or :func:`mm_mxfp8` for MXFP8 (``alpha`` None).
 
-        Args and errors as there; ``a`` is ``(m, k)`` without padding, its scales swizzled and so padded already. Works
-        under ``torch.compile(fullgraph=True)``.
+        16-bit activations, without ``a_descale``, are multiplied by :func:`mm_bf16_fp4`.
+
+        Args and errors as there; ``a`` is ``(m, k)`` without padding, its scales swizzled and so padded already.
+        ``out_dtype`` None is that of 16-bit activations, and otherwise bfloat16. Works under
+        ``torch.compile(fullgraph=True)``.
 
         Returns:
             ``(m, n)``, a view of the padded product where n was padded.
         """
+        mxfp8 = self.weight.dtype == torch.float8_e4m3fn
+        if mxfp8 and alpha is not None:
+            raise ValueError("PreparedWeight.mm: alpha is given; allowed: None, as MXFP8 has no global scale")
+        sixteen_bits = a.dtype in (torch.bfloat16, torch.float16)
+        if sixteen_bits and (mxfp8 or a_descale is not None or use_8x4_sf_layout):
+            given = f"{a.dtype} with " + ("MXFP8 weights" if mxfp8 else "scales of a")
+            raise ValueError(f"PreparedWeight.mm: a is {given}; allowed: 16 bits for FP4 weights, without scales")
+        if not sixteen_bits and a_descale is None:
+            raise ValueError(f"PreparedWeight.mm: a_descale is None with a of {a.dtype}; allowed: the scales of a")
         data = as_bytes(a)
-        missing = self.weight.shape[1] - data.shape[1]
-        if missing:  # codes of zero, whose scales are the zeros that pad a_descale
-            data = F.pad(data, (0, missing))
-        if self.weight.dtype == torch.float8_e4m3fn:
-            if alpha is not None:
-                raise ValueError("PreparedWeight.mm: alpha is given; allowed: None, as MXFP8 has no global scale")
+        if self.layout != "hopper":
+            missing = self.weight.shape[1] * (2 if sixteen_bits else 1) - data.shape[1]
+            if missing:  # zeros, whose scales are the zeros that pad a_descale
+                data = F.pad(data, (0, missing))
+        how = {"b_layout": self.layout, "backend": backend}
+        if sixteen_bits:
+            out = torch.ops.fp4.mm_bf16_fp4(
+                data, self.weight, self.scale, alpha, out_dtype=out_dtype, block_size=self.block_size, **how
+            )
+        elif mxfp8:
             out = torch.ops.fp4.mm_mxfp8(
                 data.view(torch.float8_e4m3fn),
                 self.weight.T,
                 a_descale,
                 self.scale.flatten(),
-                out_dtype=out_dtype,
+                out_dtype=out_dtype or torch.bfloat16,
                 use_8x4_sf_layout=use_8x4_sf_layout,
-                b_layout=self.layout,
-                backend=backend,
+                **how,
             )
         else:
             out = torch.ops.fp4.mm_fp4(
@@ -95,12 +112,11 @@ class PreparedWeight:
                 a_descale,
                 self.scale.T,
                 alpha,
-                out_dtype,
+                out_dtype or torch.bfloat16,
                 block_size=self.block_size,
                 use_8x4_sf_layout=use_8x4_sf_layout,
                 use_nvfp4=self.block_size == 16,
-                b_layout=self.layout,
-                backend=backend,
+                **how,
             )
         return out if self.weight.shape[0] == self.n else out[:, : self.n]
 
@@ -122,15 +138,16 @@ def prepare_fp4_weight(
     """Bring a checkpoint's weight and block scales into the form that a backend reads.
 
     For ``"trtllm"`` rows are padded to 128, scale columns to 4 and the payload with them, then both are shuffled by
-    ``shuffle_matrix_a`` and ``shuffle_matrix_sf_a``. For ``"plain"`` (every other backend) scales are swizzled and the
-    payload stays as it is. Padding is zero, so it adds nothing to a product.
+    ``shuffle_matrix_a`` and ``shuffle_matrix_sf_a``. ``"hopper"`` is what the GEMM of compute capability 9.0 reads:
+    n padded to 128, k to 256, and ``pack_hopper_weight``. For ``"plain"`` (every other backend) scales are swizzled and
+    the payload stays as it is. Padding is zero, so it adds nothing to a product.
 
     Args:
         weight: ``[N, K/2]`` packed FP4 (uint8 or float4_e2m1fn_x2), or float8_e4m3fn ``[N, K]`` (MXFP8); any
             device, the CPU included.
         scale: its block scales, 1-byte, on the same device: ``[N, K / block_size]``, or 128x4 swizzled (padded, 2-D
             or flat).
-        layout: ``"trtllm"`` or ``"plain"``.
+        layout: ``"trtllm"``, ``"hopper"`` or ``"plain"``.
         nibble_order: ``"low_first"`` if even k is in the low nibble, as everywhere here, or ``"high_first"``, as some
             diffusion checkpoints have it; their nibbles are swapped.
         scale_layout: ``"linear"`` or ``"128x4"``, how ``scale`` comes.
@@ -142,7 +159,8 @@ def prepare_fp4_weight(
         A :class:`PreparedWeight`.
 
     Raises:
-        ValueError: an unknown layout or order, or a dtype, shape or device that does not fit; nothing is changed then.
+        ValueError: an unknown layout or order, a dtype, shape or device that does not fit, or an MX weight with values
+            that ``"hopper"`` can't store (see ``pack_hopper_weight``); nothing is changed then.
 
     Source: what FlashInfer's backends of ``mm_fp4`` and ``mm_mxfp8`` expect of a weight.
     """
@@ -175,6 +193,8 @@ def prepare_fp4_weight(
         data = shuffle_matrix_a(F.pad(data, (0, columns * (block if mxfp8 else block // 2), 0, rows)))
         linear = F.pad(linear, (0, columns, 0, rows))
         scales = shuffle_matrix_sf_a(linear).view(linear.shape)
+    elif layout == "hopper":
+        data, scales = pack_hopper_weight(data, linear, MXFP8 if mxfp8 else NVFP4 if block == 16 else MXFP4)
     else:
         scales = scale_layouts.swizzle(linear, scale_layouts.SWIZZLED_128X4)
     prepared = data.contiguous().view(torch.float8_e4m3fn) if mxfp8 else data.contiguous()

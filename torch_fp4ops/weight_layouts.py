@@ -7,7 +7,8 @@ computes anything.
 * nibble order: which of the two FP4 codes of a byte comes first along K;
 * trtllm-gen's row shuffle of a GEMM's weight and its scales;
 * the row order of a fused gate/up projection;
-* the interleave that the SM90 mixed-input MoE GEMM expects of 4-bit weights and their scales.
+* the interleave that the SM90 mixed-input MoE GEMM expects of 4-bit weights and their scales;
+* "hopper", of the GEMM of compute capability 9.0: see `hopper_layout`, where its two functions live.
 """
 
 from __future__ import annotations
@@ -16,9 +17,13 @@ import torch
 from torch import Tensor
 
 from torch_fp4ops import scale_layouts
+from torch_fp4ops.hopper_layout import hopper_size as hopper_size
+from torch_fp4ops.hopper_layout import pack_hopper_weight as pack_hopper_weight
+from torch_fp4ops.hopper_layout import unpack_hopper_weight as unpack_hopper_weight
 
-GEMM_LAYOUTS = ("plain", "trtllm")
-"""How a GEMM's weight is stored: rows in order, or shuffled with their scales as trtllm-gen's kernels read them."""
+GEMM_LAYOUTS = ("plain", "trtllm", "hopper")
+"""How a GEMM's weight is stored: rows in order, shuffled with their scales as trtllm-gen's kernels read them, or for
+the GEMM of compute capability 9.0 (see `hopper_layout`)."""
 
 # name -> (the part that comes first, whether the rows of the two parts alternate)
 _GATE_UP_ORDERS = {

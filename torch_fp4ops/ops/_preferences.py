@@ -9,3 +9,4 @@ FLASHINFER = Preference(
     "flashinfer", "cuda", "kernels made for the hardware's FP4 tensor cores; not measured by this project", (10, 0)
 )
 TRTLLM = Preference("trtllm", "cuda", "reads b_layout='trtllm'", (10, 0))
+GLUON = Preference("gluon", "cuda", "the only kernels that read b_layout='hopper'", (9, 0))

@@ -22,6 +22,7 @@ __all__ = [
     "AotCase",
     "Tiling",
     "cut_anew",
+    "device_guard",
     "global_scale_form",
     "launch",
     "rows_of_units",
@@ -59,7 +60,8 @@ class Tiling(NamedTuple):
 class AotCase(NamedTuple):
     """A kernel in a configuration that ships, for compilation without a GPU; ``aot_cases()`` of a module lists its own.
 
-    ``signature`` has Triton's types of the arguments that are no constants; pointers are 16-byte aligned.
+    ``signature`` has Triton's types of the arguments that are no constants; pointers are 16-byte aligned, and the
+    integers named in ``multiples_of_16`` what that says.
     """
 
     name: str
@@ -67,6 +69,8 @@ class AotCase(NamedTuple):
     signature: dict[str, str]
     constants: dict[str, Any]
     threads: int
+    multiples_of_16: tuple[str, ...] = ()
+    max_registers: int | None = None
     on_hip: tuple[dict[str, Any], int] | None = None
     """Constants and threads on ROCm, where those differ."""
 
@@ -113,15 +117,18 @@ def _refuse_to_compile_in_capture(before: Callable[..., bool | None] | None) -> 
 triton.knobs.runtime.jit_cache_hook = _refuse_to_compile_in_capture(triton.knobs.runtime.jit_cache_hook)
 
 
+def device_guard(device: torch.device) -> Any:
+    """A context in which a device is the current one."""
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        return torch.cuda.device(device)
+    return contextlib.nullcontext()
+
+
 def launch(
     kernel: Any, grid: tuple[int, ...], threads: int, device: torch.device, *args: Any, **constants: Any
 ) -> None:
     """Launch a grid of programs of so many threads on a device, which need not be the current one."""
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        guard: Any = torch.cuda.device(device)
-    else:
-        guard = contextlib.nullcontext()
-    with guard:
+    with device_guard(device):
         num_warps = max(1, threads // _warp_size(device))
         kernel[grid](*args, **constants, num_warps=num_warps, **LAUNCH_OPTIONS)
 

@@ -214,7 +214,7 @@ def _aot_case(fmt: str, dim: int, dtype: str, group: int, options: bool, splits:
     constants |= {name: None for name in names if name not in optional}
     (cuda, threads), (hip, hip_threads) = (_constants(tile_for(fmt, dim, group, on_hip)) for on_hip in (False, True))
     name = f"kv_attend-{fmt}-{dtype}-D{dim}-group{group}{'-options' * options}-{splits}"
-    return AotCase(name, attend_kernel, signature, constants | cuda, threads, (constants | hip, hip_threads))
+    return AotCase(name, attend_kernel, signature, constants | cuda, threads, on_hip=(constants | hip, hip_threads))
 
 
 def _constants(tile: Tile) -> tuple[dict[str, int], int]:

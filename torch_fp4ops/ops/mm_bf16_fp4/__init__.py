@@ -26,9 +26,12 @@ def _contract(call: Call) -> Out:
     call.require_rank("b", 2)
     (m, k), n = call.a.shape, call.b.shape[0]
     _scales.require_blocks(call, "a", k, fmt)
-    call.require(call.b.shape[1] * 2 == k, "b", call.b.shape, f"(n, {k} / 2): K of a, packed")
+    _matmul.require_b_layout(call, n, k, fmt)
+    stored_k = _matmul.stored_k(call.b_layout, k)
+    allowed = f"(n, {stored_k} / 2): {_matmul.k_of_a(call.b_layout, 'K of a, packed')}"
+    call.require(call.b.shape[1] * 2 == stored_k, "b", call.b.shape, allowed)
     call.require_contiguous("b")
-    _scales.require_scales(call, "b_descale", n, k // fmt.block_size, scale_layouts.SWIZZLED_128X4)
+    _scales.require_scales(call, "b_descale", n, stored_k // fmt.block_size, scale_layouts.SWIZZLED_128X4)
     _matmul.require_alpha(call, m)
     if call.out_dtype is not None:
         _scales.require_out_dtype(call)
@@ -37,6 +40,7 @@ def _contract(call: Call) -> Out:
 
 _PREFERENCES = (
     _preferences.FLASHINFER,
+    _preferences.GLUON,
     Preference(
         "triton",
         "cuda",
@@ -55,6 +59,7 @@ def mm_bf16_fp4(
     *,
     out_dtype: torch.dtype | None = None,
     block_size: int = 16,
+    b_layout: str = "plain",
     backend: str = "auto",
 ) -> Tensor:
     """``(a @ dequantize(b).T) * alpha``: 16-bit activations, NVFP4 (``block_size=16``) or MXFP4 (32) weights.
@@ -69,6 +74,7 @@ def mm_bf16_fp4(
         alpha: float32, one element or one for each row of a: ``1 / global_scale`` of the weights for NVFP4.
         out_dtype: bfloat16, float16 or float32; None is the dtype of a.
         block_size: 16 for NVFP4, 32 for MXFP4.
+        b_layout: ``"plain"``, or as for :func:`mm_fp4`.
         backend: ``"auto"`` or a backend's name.
 
     Returns:
@@ -77,8 +83,9 @@ def mm_bf16_fp4(
     Raises:
         ValueError: a wrong dtype, shape, stride, K, block size, scale size or alpha.
 
-    Source: FlashInfer ``mm_bf16_fp4`` with weights as its backend ``cute-dsl-native`` takes them, unprepared.
+    Source: FlashInfer ``mm_bf16_fp4`` with weights as its backend ``cute-dsl-native`` takes them, unprepared, and
+    with ``b_layout``.
     """
     fmt = _FORMATS[block_size]
-    scales = scale_layouts.unswizzle(b_descale, b.shape[0], a.shape[1] // block_size, scale_layouts.SWIZZLED_128X4)
+    b, scales = _matmul.plain_weight(b, b_descale, a.shape[1], fmt, b_layout)
     return _matmul.matmul(a.float(), dequantize_blocks(b, scales, fmt), alpha, out_dtype or a.dtype)

@@ -13,6 +13,7 @@ from torch import Tensor
 from ...contracts import Call
 from .. import _flashinfer
 from .._flashinfer_gemm import BLACKWELL, CUDNN_GRAPH, DSL
+from .._matmul import reads_plain
 from . import mm_bf16_fp4
 
 
@@ -37,6 +38,9 @@ def pick(capability: int, call: Call | None) -> str:
 
 
 def _unsupported(call: Call, name: str) -> str | None:
+    reason = reads_plain(call)
+    if reason is not None:
+        return reason
     out_dtype = call.out_dtype or call.a.dtype
     if call.a.dtype != torch.bfloat16 or call.block_size != 16:
         return "FlashInfer multiplies bfloat16 and NVFP4 only"
@@ -60,6 +64,7 @@ def mm_bf16_fp4_flashinfer(
     *,
     out_dtype: torch.dtype | None = None,
     block_size: int = 16,
+    b_layout: str = "plain",
     backend: str = "auto",
 ) -> Tensor:
     if backend == "flashinfer":

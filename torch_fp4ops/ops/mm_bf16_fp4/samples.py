@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import scale_layouts
 from ...block_quantization import dequantize_blocks
 from ...formats import MXFP4, NVFP4
 from ...testing.numerics import assert_matmul_close
 from ...testing.samples import values
+from ...weight_layouts import pack_hopper_weight
+from .. import _matmul
 from ..fp4_quantize import fp4_quantize
 from ..fp4_quantize.samples import example as quantize_example
 
@@ -37,12 +38,26 @@ def samples() -> Iterator[tuple[str, tuple[Any, ...], dict[str, Any]]]:
     # Sizes that every library's kernels take.
     b, b_sf = fp4_quantize(values(5, 256, 256), scale)
     yield "nvfp4-round", (values(5, 5, 256), b, b_sf, 1 / scale), {}
+    for fmt, dtype, m, n, k in ((NVFP4, torch.float16, 9, 200, 272), (MXFP4, torch.bfloat16, 33, 128, 512)):
+        flags = (scale, 16, False, False) if fmt is NVFP4 else (None, 32, True, False)
+        b, b_sf = fp4_quantize(values(n, n, k), *flags)
+        packed = pack_hopper_weight(b, b_sf, fmt)
+        hopper = {"block_size": fmt.block_size, "b_layout": "hopper"}
+        yield f"hopper-{fmt.name}", (values(m, m, k, dtype=dtype), *packed, 1 / scale), hopper
 
 
 def assert_close(
-    out: Tensor, a: Tensor, b: Tensor, b_descale: Tensor, alpha: Tensor | None = None, *, block_size: int = 16, **_: Any
+    out: Tensor,
+    a: Tensor,
+    b: Tensor,
+    b_descale: Tensor,
+    alpha: Tensor | None = None,
+    *,
+    block_size: int = 16,
+    b_layout: str = "plain",
+    **_: Any,
 ) -> None:
     """Within the bound of exact products and fp32 sums."""
     fmt = {16: NVFP4, 32: MXFP4}[block_size]
-    scales = scale_layouts.unswizzle(b_descale, b.shape[0], a.shape[1] // block_size, "128x4")
-    assert_matmul_close(out, a, dequantize_blocks(b, scales, fmt), alpha)
+    weight, scales = _matmul.plain_weight(b, b_descale, a.shape[1], fmt, b_layout)
+    assert_matmul_close(out, a, dequantize_blocks(weight, scales, fmt), alpha)

@@ -8,14 +8,20 @@ import torch
 from torch import Tensor
 
 from ... import scale_layouts
+from ...contracts import Call
 from ...formats import MXFP4, NVFP4
+from .._matmul import reads_plain
 from .._triton_gemm_launch import PLAIN, MatmulCase, Operand, matmul_cases
 from .._triton_launch import why_not
 from .._triton_product import product
 from . import mm_bf16_fp4
 
 
-@mm_bf16_fp4.backend("triton", unsupported=why_not)
+def _unsupported(call: Call) -> str | None:
+    return reads_plain(call) or why_not(call)
+
+
+@mm_bf16_fp4.backend("triton", unsupported=_unsupported)
 def mm_bf16_fp4_triton(
     a: Tensor,
     b: Tensor,
@@ -24,6 +30,7 @@ def mm_bf16_fp4_triton(
     *,
     out_dtype: torch.dtype | None = None,
     block_size: int = 16,
+    b_layout: str = "plain",
     backend: str = "auto",
 ) -> Tensor:
     out = a.new_empty((a.shape[0], b.shape[0]), dtype=out_dtype or a.dtype)

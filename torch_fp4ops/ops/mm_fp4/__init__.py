@@ -23,12 +23,13 @@ def _contract(call: Call) -> Out:
     call.require_rank("a", 2)
     _matmul.require_column_major(call, "b")
     (m, k), n = call.a.shape, call.b.shape[1]
-    call.require(call.b.shape[0] == k, "b", call.b.shape, f"({k}, n): the packed K of a")
+    _matmul.require_b_layout(call, n, 2 * k, fmt)
+    stored_k = _matmul.stored_k(call.b_layout, 2 * k)
+    allowed = f"({stored_k // 2}, n): {_matmul.k_of_a(call.b_layout, 'the packed K of a')}"
+    call.require(call.b.shape[0] * 2 == stored_k, "b", call.b.shape, allowed)
     _scales.require_blocks(call, "a", k * 2, fmt)
-    blocks = k * 2 // fmt.block_size
-    _scales.require_scales(call, "a_descale", m, blocks, a_layout(call.use_8x4_sf_layout))
-    _scales.require_transposed_scales(call, "b_descale", n, blocks)
-    _matmul.require_b_layout(call, n, blocks)
+    _scales.require_scales(call, "a_descale", m, 2 * k // fmt.block_size, a_layout(call.use_8x4_sf_layout))
+    _scales.require_transposed_scales(call, "b_descale", n, stored_k // fmt.block_size)
     _matmul.require_alpha(call, m)
     _scales.require_out_dtype(call)
     return Out((m, n), call.out_dtype)
@@ -41,6 +42,7 @@ def a_layout(use_8x4_sf_layout: bool) -> str:
 _PREFERENCES = (
     _preferences.FLASHINFER,
     _preferences.TRTLLM,
+    _preferences.GLUON,
     Preference(
         "triton",
         "cuda",
@@ -80,8 +82,9 @@ def mm_fp4(
         block_size, use_nvfp4: 16, True for NVFP4; 32, False for MXFP4.
         use_8x4_sf_layout: ``a_descale`` is 8x4 swizzled.
         b_layout: ``"plain"``, or ``"trtllm"``: b and b_descale are shuffled as trtllm-gen's kernels read them, by
-            ``shuffle_matrix_a`` and ``shuffle_matrix_sf_a`` or :func:`torch_fp4ops.prepare_fp4_weight`. A backend
-            that can't read the layout refuses the call.
+            ``shuffle_matrix_a`` and ``shuffle_matrix_sf_a``; or ``"hopper"``: what ``pack_hopper_weight`` gives takes
+            the place of the packed weight and of its scales, k rounded up to 256 and n to 128 in b only. Use
+            :func:`torch_fp4ops.prepare_fp4_weight`. A backend that can't read the layout refuses the call.
         backend: ``"auto"`` or a backend's name.
 
     Returns:
@@ -94,9 +97,8 @@ def mm_fp4(
     ``backend``; what follows ``out`` there is keyword-only.
     """
     fmt = NVFP4 if use_nvfp4 else MXFP4
-    weight = b.T
-    blocks = a.shape[1] * 2 // fmt.block_size
-    a_scales = scale_layouts.unswizzle(a_descale, a.shape[0], blocks, a_layout(use_8x4_sf_layout))
-    weight, b_scales = _matmul.plain_weight(weight, b_descale, blocks, b_layout)
+    k = a.shape[1] * 2
+    a_scales = scale_layouts.unswizzle(a_descale, a.shape[0], k // fmt.block_size, a_layout(use_8x4_sf_layout))
+    weight, b_scales = _matmul.plain_weight(b.T, b_descale.t(), k, fmt, b_layout)
     a_values = dequantize_blocks(a, a_scales, fmt)
     return _matmul.matmul(a_values, dequantize_blocks(weight, b_scales, fmt), alpha, out_dtype)

@@ -13,7 +13,7 @@ from ...block_quantization import dequantize_blocks
 from ...formats import MXFP4, NVFP4
 from ...testing.numerics import assert_matmul_close
 from ...testing.samples import values
-from ...weight_layouts import shuffle_matrix_a, shuffle_matrix_sf_a
+from ...weight_layouts import pack_hopper_weight, shuffle_matrix_a, shuffle_matrix_sf_a
 from .. import _matmul
 from ..fp4_quantize import fp4_quantize
 from ..fp4_quantize.samples import example as quantize_example
@@ -51,6 +51,12 @@ def samples() -> Iterator[tuple[str, tuple[Any, ...], dict[str, Any]]]:
     linear = scale_layouts.unswizzle(b_sf, n, k // 16, "128x4")
     shuffled = shuffle_matrix_a(b), shuffle_matrix_sf_a(linear).view(b_sf.shape)
     yield "trtllm", (a, shuffled[0].T, a_sf, shuffled[1].T, alpha), {"b_layout": "trtllm"}
+    for fmt, m, n, k, flags in ((NVFP4, 5, 200, 432, {}), (MXFP4, 19, 128, 256, mxfp4)):
+        a, a_sf = fp4_quantize(values(m, m, k), scale if fmt is NVFP4 else None, **flags)
+        b, b_sf = fp4_quantize(values(n, n, k), scale if fmt is NVFP4 else None, **flags, is_sf_swizzled_layout=False)
+        packed, scales = pack_hopper_weight(b, b_sf, fmt)
+        hopper = {"b_layout": "hopper", "block_size": fmt.block_size, "use_nvfp4": fmt is NVFP4}
+        yield f"hopper-{fmt.name}", (a, packed.T, a_sf, scales.T, alpha), hopper
 
 
 def assert_close(
@@ -65,7 +71,8 @@ def assert_close(
 ) -> None:
     """Within the bound of exact products and fp32 sums."""
     fmt = NVFP4 if kw.get("use_nvfp4", True) else MXFP4
-    blocks = a.shape[1] * 2 // fmt.block_size
-    a_scales = scale_layouts.unswizzle(a_descale, a.shape[0], blocks, a_layout(kw.get("use_8x4_sf_layout", False)))
-    weight, b_scales = _matmul.plain_weight(b.T, b_descale, blocks, kw.get("b_layout", "plain"))
+    k = a.shape[1] * 2
+    layout = a_layout(kw.get("use_8x4_sf_layout", False))
+    a_scales = scale_layouts.unswizzle(a_descale, a.shape[0], k // fmt.block_size, layout)
+    weight, b_scales = _matmul.plain_weight(b.T, b_descale.t(), k, fmt, kw.get("b_layout", "plain"))
     assert_matmul_close(out, dequantize_blocks(a, a_scales, fmt), dequantize_blocks(weight, b_scales, fmt), alpha)

@@ -10,7 +10,7 @@ from torch import Tensor
 from ... import scale_layouts
 from ...contracts import Call
 from ...formats import MXFP4, NVFP4
-from .._matmul import PLAIN
+from .._matmul import reads_plain
 from .._triton_gemm_launch import MatmulCase, Operand, matmul_cases
 from .._triton_launch import why_not
 from .._triton_product import product
@@ -18,9 +18,7 @@ from . import a_layout, mm_fp4
 
 
 def _unsupported(call: Call) -> str | None:
-    if call.b_layout != PLAIN:
-        return f"the kernels read plain weights, not b_layout={call.b_layout!r}"
-    return why_not(call)
+    return reads_plain(call) or why_not(call)
 
 
 @mm_fp4.backend("triton", unsupported=_unsupported)

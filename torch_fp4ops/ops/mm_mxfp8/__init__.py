@@ -21,15 +21,16 @@ def _contract(call: Call) -> Out:
     call.require_rank("a", 2)
     _matmul.require_column_major(call, "b")
     (m, k), n = call.a.shape, call.b.shape[1]
-    call.require(call.b.shape[0] == k, "b", call.b.shape, f"({k}, n): K of a")
+    _matmul.require_b_layout(call, n, k, MXFP8)
+    stored_k = _matmul.stored_k(call.b_layout, k)
+    allowed = f"({stored_k}, n): {_matmul.k_of_a(call.b_layout, 'K of a')}"
+    call.require(call.b.shape[0] == stored_k, "b", call.b.shape, allowed)
     _scales.require_blocks(call, "a", k, MXFP8)
     # Two dimensions would mean linear scales to FlashInfer, which its kernels can't read.
     call.require_rank("a_descale", 1)
     call.require_rank("b_descale", 1)
-    blocks = k // MXFP8.block_size
-    _scales.require_scales(call, "a_descale", m, blocks, a_layout(call.use_8x4_sf_layout))
-    _scales.require_scales(call, "b_descale", n, blocks, scale_layouts.SWIZZLED_128X4)
-    _matmul.require_b_layout(call, n, blocks)
+    _scales.require_scales(call, "a_descale", m, k // MXFP8.block_size, a_layout(call.use_8x4_sf_layout))
+    _scales.require_scales(call, "b_descale", n, stored_k // MXFP8.block_size, scale_layouts.SWIZZLED_128X4)
     _scales.require_out_dtype(call)
     return Out((m, n), call.out_dtype)
 
@@ -37,6 +38,7 @@ def _contract(call: Call) -> Out:
 _PREFERENCES = (
     _preferences.FLASHINFER,
     _preferences.TRTLLM,
+    _preferences.GLUON,
     Preference(
         "triton",
         "cuda",
@@ -69,8 +71,9 @@ def mm_mxfp8(
         out_dtype: bfloat16, float16 or float32.
         use_8x4_sf_layout: ``a_descale`` is 8x4 swizzled.
         b_layout: ``"plain"``, or ``"trtllm"``: b and b_descale are shuffled as trtllm-gen's kernels read them, by
-            ``shuffle_matrix_a`` and ``shuffle_matrix_sf_a`` or :func:`torch_fp4ops.prepare_fp4_weight`. A backend
-            that can't read the layout refuses the call.
+            ``shuffle_matrix_a`` and ``shuffle_matrix_sf_a``; or ``"hopper"``: what ``pack_hopper_weight`` gives takes
+            the place of the quantised weight and of its scales, k rounded up to 256 and n to 128 in b only. Use
+            :func:`torch_fp4ops.prepare_fp4_weight`. A backend that can't read the layout refuses the call.
         backend: ``"auto"`` or a backend's name.
 
     Returns:
@@ -82,9 +85,8 @@ def mm_mxfp8(
     Source: FlashInfer ``mm_mxfp8`` without ``out``, and with ``b_layout``, which there follows from ``backend``;
     what follows ``out`` there is keyword-only.
     """
-    weight = b.T
-    blocks = a.shape[1] // MXFP8.block_size
-    a_scales = scale_layouts.unswizzle(a_descale, a.shape[0], blocks, a_layout(use_8x4_sf_layout))
-    weight, b_scales = _matmul.plain_weight(weight, b_descale, blocks, b_layout)
+    k = a.shape[1]
+    a_scales = scale_layouts.unswizzle(a_descale, a.shape[0], k // MXFP8.block_size, a_layout(use_8x4_sf_layout))
+    weight, b_scales = _matmul.plain_weight(b.T, b_descale, k, MXFP8, b_layout)
     a_values = dequantize_blocks(a, a_scales, MXFP8)
     return _matmul.matmul(a_values, dequantize_blocks(weight, b_scales, MXFP8), None, out_dtype)

@@ -13,7 +13,7 @@ from ...block_quantization import dequantize_blocks
 from ...formats import MXFP8
 from ...testing.numerics import assert_matmul_close
 from ...testing.samples import values
-from ...weight_layouts import shuffle_matrix_a, shuffle_matrix_sf_a
+from ...weight_layouts import pack_hopper_weight, shuffle_matrix_a, shuffle_matrix_sf_a
 from .. import _matmul
 from ..mm_fp4 import a_layout
 from ..mxfp8_quantize import mxfp8_quantize
@@ -39,6 +39,11 @@ def samples() -> Iterator[tuple[str, tuple[Any, ...], dict[str, Any]]]:
     yield "round", (a, b.T, a_sf, b_sf), {}
     linear = scale_layouts.unswizzle(b_sf, n, k // 32, "128x4")
     yield "trtllm", (a, shuffle_matrix_a(b).T, a_sf, shuffle_matrix_sf_a(linear)), {"b_layout": "trtllm"}
+    m, n, k = 5, 200, 416
+    a, a_sf = mxfp8_quantize(values(m, m, k))
+    b, b_sf = mxfp8_quantize(values(n, n, k), is_sf_swizzled_layout=False)
+    packed, scales = pack_hopper_weight(b, b_sf.view(n, k // 32), MXFP8)
+    yield "hopper", (a, packed.view(b.dtype).T, a_sf, scales.flatten()), {"b_layout": "hopper"}
 
 
 def assert_close(
@@ -53,7 +58,7 @@ def assert_close(
     **_: Any,
 ) -> None:
     """Within the bound of exact products and fp32 sums."""
-    blocks = a.shape[1] // MXFP8.block_size
-    a_scales = scale_layouts.unswizzle(a_descale, a.shape[0], blocks, a_layout(use_8x4_sf_layout))
-    weight, b_scales = _matmul.plain_weight(b.T, b_descale, blocks, b_layout)
+    k = a.shape[1]
+    a_scales = scale_layouts.unswizzle(a_descale, a.shape[0], k // MXFP8.block_size, a_layout(use_8x4_sf_layout))
+    weight, b_scales = _matmul.plain_weight(b.T, b_descale, k, MXFP8, b_layout)
     assert_matmul_close(out, dequantize_blocks(a, a_scales, MXFP8), dequantize_blocks(weight, b_scales, MXFP8))

@@ -109,10 +109,10 @@ def nvfp4_kv_quantize_store(
             decode = scale.reshape(())
             codes, scales = quantize_nvfp4(new[:n], 1.0 / decode, decode)
         for target, data in ((cache, codes), (cache_sf, scales)):
-            _write_rows(target if kv_layout == "NHD" else target.transpose(1, 2), slot_mapping, data)
+            write_rows(target if kv_layout == "NHD" else target.transpose(1, 2), slot_mapping, data)
 
 
-def _write_rows(cache: Tensor, slots: Tensor, rows: Tensor) -> None:
+def write_rows(cache: Tensor, slots: Tensor, rows: Tensor) -> None:
     """``cache[page, entry] = row`` for every slot within the cache, without a mask that would synchronise.
 
     A row to be skipped repeats the first one that isn't; if all are, the cache's own content is written back.

@@ -1,15 +1,9 @@
-"""What the ops are compared with: other implementations of the same thing, where they can be imported and work.
-
-A peer prepares what it needs of a case (converted weights are not timed) and gives one closure for each set of
-inputs. Its output is checked like a backend's, with a tolerance for other roundings.
-"""
+"""Peers of the quantisers, the dequantisers and the fused quantisers."""
 
 from __future__ import annotations
 
-import importlib
 import inspect
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,47 +13,9 @@ from torch import Tensor
 from torch_fp4ops import OPS
 from torch_fp4ops.testing import Sample
 
-from .cases import Case
-from .verify import Expected
-
-Run = Callable[[], Any]
-
-
-class Unsuitable(Exception):
-    """Why a peer can't take a case."""
-
-
-@dataclass(frozen=True)
-class Prepared:
-    runs: Sequence[Run]
-    compare: Callable[[Any], Any] = lambda out: out
-    """Brings the peer's output into the op's layout."""
-    poison: bool = True
-    """False where memory must not be poisoned in the check (it would compile again)."""
-    expected: Expected | None = None
-    """What is right, where the peer was given other inputs than the case's."""
-
-
-@dataclass(frozen=True)
-class Peer:
-    name: str
-    ops: tuple[str, ...]
-    prepare: Callable[[Case, Sequence[Sample], Expected], Prepared]
-    """Raises Unsuitable, or whatever the peer raises."""
-    needs_gpu: bool = True
-
-    def takes(self, op_name: str, device: torch.device) -> bool:
-        return op_name in self.ops and (device.type == "cuda" or not self.needs_gpu)
-
-
-def _cublas(case: Case, samples: Sequence[Sample], expected: Expected) -> Prepared:
-    """torch.mm in bf16: what one has without quantised weights. Values of FP4 times a block scale are exact in bf16."""
-    a, b, _ = expected.operands
-    a16, b16 = a.bfloat16(), b.bfloat16()
-    # bf16 weights are four times as large, so fewer sets make the same footprint.
-    count = max(1, min(len(samples), -(-(512 << 20) // (a16.nbytes + b16.nbytes))))
-    sets = [(a16, b16)] + [(a16.clone(), b16.clone()) for _ in range(count - 1)]
-    return Prepared([lambda a=a, b=b: torch.mm(a, b.T) for a, b in sets])
+from ..cases import Case
+from ..verify import Expected
+from ._peer import Peer, Prepared, Unsuitable, imported
 
 
 def _compiled_reference(case: Case, samples: Sequence[Sample], expected: Expected) -> Prepared:
@@ -98,38 +54,9 @@ def _norm_pair(x: Tensor, weight: Tensor, scale: Tensor | None, **flags: Any) ->
 _PAIRS = {"silu_and_mul_fp4_quantize": _silu_pair, "rms_norm_fp4_quantize": _norm_pair}
 
 
-def _other_cache(fmt: str, dtype: torch.dtype) -> Callable[[Case, Sequence[Sample], Expected], Prepared]:
-    """The op's own kernels over a paged cache of the same values in another format: what FP4 saves."""
-
-    def prepare(case: Case, samples: Sequence[Sample], expected: Expected) -> Prepared:
-        attend = _import("torch_fp4ops.ops.fp4_kv_attention_decode.triton").attend
-
-        def closure(sample: Sample) -> Run:
-            q, *cache, _, _ = sample.args
-            tables, lengths = cache[4:]
-            page = cache[0].shape[1]
-            dense = OPS["nvfp4_kv_dequantize_paged"](*sample.args[1:], output_dtype=dtype)
-            caches = tuple(t.view(-1, page, *t.shape[2:]) for t in dense)
-            order = torch.arange(tables.numel(), dtype=torch.int32, device=q.device)
-            order = order[torch.randperm(len(order), device=q.device)]
-            caches = tuple(torch.empty_like(t).index_copy_(0, order.long(), t) for t in _as_bytes(caches))
-            scale = q.shape[2] ** -0.5
-            rows = order.view(tables.shape)
-            return lambda: attend(q, caches, None, rows, lengths, (None, None), "NHD", scale, -1, None, fmt)
-
-        # Sets of a larger format: fewer make the same footprint.
-        return Prepared([closure(s) for s in samples[: max(1, len(samples) // 2)]])
-
-    return prepare
-
-
-def _as_bytes(caches: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    return tuple(t.view(torch.uint8) for t in caches)
-
-
-def _flashinfer(case: Case, samples: Sequence[Sample], expected: Expected) -> Prepared:
+def flashinfer(case: Case, samples: Sequence[Sample], expected: Expected) -> Prepared:
     """FlashInfer's function of the same name; the ops have its arguments."""
-    function = getattr(_import("flashinfer"), case.op, None)
+    function = getattr(imported("flashinfer"), case.op, None)
     if function is None:
         raise Unsuitable("this FlashInfer has no such function")
     names = inspect.signature(function).parameters
@@ -147,7 +74,7 @@ def _flashinfer(case: Case, samples: Sequence[Sample], expected: Expected) -> Pr
 
 def _gemlite(case: Case, samples: Sequence[Sample], expected: Expected) -> Prepared:
     """gemlite's activation quantisers give linear scales; measured with a global scale of 1."""
-    quantizers = _import("gemlite.quant_utils")
+    quantizers = imported("gemlite.quant_utils")
     fmt, _, layout = case.family.partition("-")
     if layout != "linear":
         raise Unsuitable("gemlite's scales are linear")
@@ -172,7 +99,7 @@ def _torchao(case: Case, samples: Sequence[Sample], expected: Expected) -> Prepa
         raise Unsuitable("not compiled for this case, to save time")
     if case.family != "nvfp4-linear":
         raise Unsuitable("compared on NVFP4 with linear scales")
-    quantize = _import("torchao.prototype.mx_formats.nvfp4_tensor").nvfp4_quantize
+    quantize = imported("torchao.prototype.mx_formats.nvfp4_tensor").nvfp4_quantize
     torch._dynamo.reset()
     compiled = torch.compile(lambda x, scale: quantize(x, 16, scale), dynamic=False)
     decode = [(1 / s.args[1]).reshape(()) for s in samples]  # its per-tensor scale is the decode scale
@@ -185,25 +112,14 @@ def _torchao(case: Case, samples: Sequence[Sample], expected: Expected) -> Prepa
     return Prepared(runs, compare, poison=False)
 
 
-def _import(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except Exception as error:  # such packages fail in many ways where their GPU or compiler is missing
-        raise Unsuitable(f"{name} can't be imported: {error}") from error
+_QUANTIZED = ("fp4_quantize", "mxfp8_quantize", "nvfp4_kv_quantize")
+_DEQUANTIZED = ("fp4_dequantize", "mxfp8_dequantize", "nvfp4_kv_dequantize")
 
-
-_QUANTIZERS = ("fp4_quantize", "mxfp8_quantize", "nvfp4_kv_quantize")
-_DEQUANTIZERS = ("fp4_dequantize", "mxfp8_dequantize", "nvfp4_kv_dequantize")
-
-PEERS = (
-    Peer("cublas-bf16", ("mm_bf16_fp4", "mm_fp4", "mm_mxfp8"), _cublas),
-    Peer("torch.compile", (*_QUANTIZERS, *_DEQUANTIZERS), _compiled_reference, needs_gpu=False),
-    Peer("flashinfer-direct", (*_QUANTIZERS, "nvfp4_kv_dequantize", "mm_fp4", "mm_mxfp8"), _flashinfer),
-    Peer("attend-bf16-cache", ("fp4_kv_attention_decode",), _other_cache("plain", torch.bfloat16)),
-    Peer("attend-e4m3-cache", ("fp4_kv_attention_decode",), _other_cache("e4m3", torch.float8_e4m3fn)),
+QUANTIZERS = (
+    Peer("torch.compile", (*_QUANTIZED, *_DEQUANTIZED), _compiled_reference, needs_gpu=False),
+    Peer("flashinfer-direct", (*_QUANTIZED, "nvfp4_kv_dequantize"), flashinfer),
     Peer("unfused", tuple(_PAIRS), _unfused, needs_gpu=False),
     Peer("unfused-compiled", tuple(_PAIRS), _unfused_compiled, needs_gpu=False),
     Peer("gemlite", ("fp4_quantize",), _gemlite),
     Peer("torchao", ("fp4_quantize",), _torchao),
 )
-NAMES = tuple(peer.name for peer in PEERS)

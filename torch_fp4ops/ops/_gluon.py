@@ -1,0 +1,18 @@
+"""Names of Gluon that differ between Triton 3.6 and 3.9; what else of Gluon is used here is the same in both."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton.experimental.gluon.language as gl
+from triton.experimental.gluon.language.nvidia.hopper import tma
+
+__all__ = ["async_load", "async_store", "warp_group_barrier"]
+
+_tma: Any = tma
+_gl: Any = gl
+
+# The newer name first: the older one stays behind as a function that raises.
+async_load = getattr(_tma, "async_load", None) or _tma.async_copy_global_to_shared
+async_store = getattr(_tma, "async_store", None) or _tma.async_copy_shared_to_global
+warp_group_barrier = getattr(_gl, "barrier", None) or _gl.thread_barrier

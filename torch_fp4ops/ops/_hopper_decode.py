@@ -1,0 +1,137 @@
+"""Block-scaled weights of the layout "hopper" to 16 bits, in registers: the left operand of a Hopper matrix product.
+
+A thread's part of a 64 x 64 tile is what ``mma`` and ``wgmma`` want of it: for each of the four steps of 16 along K
+two rows, eight apart, of four elements. Its codes are 16 (FP4) or 32 (FP8) bytes in a row, placed so that a shift and a
+mask bring two of them into the fields of a pair of 16-bit numbers; a multiplication by the scale then also corrects
+the exponent, subnormals included. Nothing moves between threads. ``torch_fp4ops.hopper_layout`` has the places of bits.
+
+Every product of a code and a scale is exact. ``FACTORS`` is what the decoded value is too small by.
+"""
+
+from __future__ import annotations
+
+import triton.experimental.gluon.language as gl
+from triton.experimental import gluon
+
+__all__ = ["FACTORS", "decode", "scale_words"]
+
+FACTORS = {"nvfp4": 2.0**7, "mxfp4": 1.0, "mxfp8": 1.0}
+
+
+@gluon.constexpr_function
+def scale_words(fmt):
+    """32-bit words of scales for one row pair of a 64 x 64 tile."""
+    return 2 if fmt == "nvfp4" else 1
+
+
+@gluon.constexpr_function
+def _scales_asm(fmt, half):
+    """A word of four scale bytes to two words of two 16-bit scales: of bytes 0 and 2, and of bytes 1 and 3.
+
+    NVFP4: 5 bits of exponent and 3 of mantissa, for bfloat16 below three ones, so that a code's 2^-126 is made good.
+    MX: a power of two, moved by what a code's place in bfloat16 lacks: 126 (E2M1) or 120 (E4M3).
+    """
+    if fmt == "nvfp4":
+        widen = "128, 0" if half else "16, 0x70007000"
+    else:
+        widen = "128, 0x3F003F00" if fmt == "mxfp4" else "128, 0x3C003C00"
+    return f"""
+        and.b32 $0, $2, 0x00FF00FF;
+        shr.u32 $1, $2, 8;
+        and.b32 $1, $1, 0x00FF00FF;
+        mad.lo.u32 $0, $0, {widen};
+        mad.lo.u32 $1, $1, {widen};"""
+
+
+@gluon.constexpr_function
+def _fp4_asm(half):
+    """The eight codes of word $8 to four pairs along K ($0-$7); $9 has the scales of the two rows in its halves.
+
+    bfloat16 has a magnitude at bits 8-6, float16 three higher; there the sign takes a mask of its own.
+    """
+    kind = "f16x2" if half else "bf16x2"
+    lines = ["{ .reg .b32 p, t, s0, s1; .reg .b16 l, h; mov.b32 {l, h}, $9; mov.b32 s0, {l, l}; mov.b32 s1, {h, h};"]
+    for shift, row, out in ((0, 0, 0), (3, 0, 2), (6, 1, 4)):
+        if half:
+            lines.append(f"shl.b32 p, $8, {shift + 3}; and.b32 p, p, 0x0E000E00;")
+            lines.append(f"shl.b32 t, $8, {shift}; and.b32 t, t, 0x80008000; or.b32 p, p, t;")
+        else:
+            lines.append(f"shl.b32 p, $8, {shift}; and.b32 p, p, 0x81C081C0;")
+        lines.append(f"mul.rn.{kind} p, p, s{row}; mov.b32 {{${out}, ${out + 1}}}, p;")
+    lines.append("shl.b32 p, $8, 1; and.b32 p, p, 0x80008000;")
+    if half:
+        lines.append("and.b32 t, $8, 0x0C000C00; or.b32 p, p, t; shr.u32 t, $8, 4; and.b32 t, t, 0x02000200;")
+    else:
+        lines.append("shr.u32 t, $8, 3; and.b32 t, t, 0x01800180; or.b32 p, p, t;")
+        lines.append("shr.u32 t, $8, 7; and.b32 t, t, 0x00400040;")
+    lines.append(f"or.b32 p, p, t; mul.rn.{kind} p, p, s1; mov.b32 {{$6, $7}}, p; }}")
+    return "\n".join(lines)
+
+
+@gluon.constexpr_function
+def _fp8_asm(row):
+    """The four codes of word $4 to two bfloat16 pairs along K ($0-$3); $5 has the scales of both rows."""
+    own = "h, h" if row else "l, l"
+    return f"""{{ .reg .b32 p, t, s; .reg .b16 l, h;
+        mov.b32 {{l, h}}, $5; mov.b32 s, {{{own}}};
+        and.b32 p, $4, 0x87F087F0; mul.rn.bf16x2 p, p, s; mov.b32 {{$0, $1}}, p;
+        shl.b32 p, $4, 4; and.b32 p, p, 0x80F080F0;
+        shr.u32 t, $4, 4; and.b32 t, t, 0x07000700; or.b32 p, p, t;
+        mul.rn.bf16x2 p, p, s; mov.b32 {{$2, $3}}, p; }}"""
+
+
+@gluon.jit
+def decode(codes, scales, OPERAND: gl.constexpr, FMT: gl.constexpr, HALF: gl.constexpr):
+    """A 64 x 64 tile in shared memory to a tensor of layout ``OPERAND``, bfloat16 or (``HALF``) float16.
+
+    ``codes``: int32 [8 or 16, 64] of 256 bytes a row; ``scales``: int32 [1, 64 or 32]. For four warps.
+    """
+    THREAD: gl.constexpr = gl.BlockedLayout([1, 1, 4], [8, 4, 1], [4, 1, 1], [2, 1, 0])  # w g | t | step
+    W: gl.constexpr = scale_words(FMT)
+    SCALES: gl.constexpr = gl.DistributedLinearLayout(
+        [[0, 1]] if W == 2 else [], [[0, 0], [0, 0], [0, W], [0, 2 * W], [0, 4 * W]], [[0, 8 * W], [0, 16 * W]], [],
+        [1, 32 * W])  # fmt: skip
+    words = scales.load(SCALES).reshape([32, W])
+    even, odd = gl.inline_asm_elementwise(
+        _scales_asm(FMT, HALF), "=&r,=&r,r", [words], dtype=(gl.int32, gl.int32), is_pure=True, pack=1
+    )
+    pairs = gl.join(even, odd)
+    if W == 1:
+        pairs = gl.join(pairs, pairs)  # a scale of 32 elements serves two steps
+    s = gl.convert_layout(pairs.reshape([32, 1, 4]), THREAD, assert_trivial=True)
+    if FMT == "mxfp8":
+        # Eight words a thread, four at a time, so that a warp reads 512 bytes in a row.
+        EIGHT: gl.constexpr = gl.DistributedLinearLayout(
+            [[0, 1], [0, 2], [8, 0]], [[0, 4], [0, 8], [0, 16], [0, 32], [1, 0]], [[2, 0], [4, 0]], [], [16, 64]
+        )
+        ROWS: gl.constexpr = gl.BlockedLayout([1, 1, 4, 2], [8, 4, 1, 1], [4, 1, 1, 1], [3, 2, 1, 0])
+        c = codes.load(EIGHT).reshape([2, 32, 4, 2, 2]).permute((1, 2, 0, 3, 4)).reshape([32, 4, 4, 2])
+        c0, c1 = gl.split(gl.convert_layout(c, ROWS, assert_trivial=True))
+        c0 = gl.convert_layout(c0, THREAD, assert_trivial=True)
+        c1 = gl.convert_layout(c1, THREAD, assert_trivial=True)
+        s, c0 = gl.broadcast(s, c0)
+        a00, a01, a10, a11 = gl.inline_asm_elementwise(
+            _fp8_asm(0), "=&h,=&h,=&h,=&h,r,r", [c0, s], dtype=(gl.bfloat16,) * 4, is_pure=True, pack=1
+        )
+        b00, b01, b10, b11 = gl.inline_asm_elementwise(
+            _fp8_asm(1), "=&h,=&h,=&h,=&h,r,r", [c1, s], dtype=(gl.bfloat16,) * 4, is_pure=True, pack=1
+        )
+    else:
+        FOUR: gl.constexpr = gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0])
+        c = gl.convert_layout(codes.load(FOUR).reshape([32, 4, 4]), THREAD, assert_trivial=True)
+        s, c = gl.broadcast(s, c)
+        OUT: gl.constexpr = "=&h,=&h,=&h,=&h,=&h,=&h,=&h,=&h,r,r"
+        if HALF:
+            a00, a01, a10, a11, b00, b01, b10, b11 = gl.inline_asm_elementwise(
+                _fp4_asm(True), OUT, [c, s], dtype=(gl.float16,) * 8, is_pure=True, pack=1
+            )
+        else:
+            a00, a01, a10, a11, b00, b01, b10, b11 = gl.inline_asm_elementwise(
+                _fp4_asm(False), OUT, [c, s], dtype=(gl.bfloat16,) * 8, is_pure=True, pack=1
+            )
+    # a: the upper row, b: the one eight below; first digit: which half of a step, second: which of a pair
+    low = gl.join(gl.join(a00, b00), gl.join(a01, b01))
+    high = gl.join(gl.join(a10, b10), gl.join(a11, b11))
+    tile = gl.join(low, high).reshape([4, 8, 4, 4, 2, 2, 2])  # w, g, t, step, row, of pair, half
+    tile = tile.permute((0, 4, 1, 3, 6, 2, 5)).reshape([64, 64])
+    return gl.convert_layout(tile, OPERAND, assert_trivial=True)

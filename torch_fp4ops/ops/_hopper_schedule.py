@@ -1,0 +1,94 @@
+"""Which program of a Hopper product works on which part of which tile, and the sum of a tile's parts.
+
+Work is counted in trips, steps of 256 (times ``KW``) along K, through the tiles in order. A program has whole tiles
+(``STREAM`` off), or an equal share of all trips wherever that begins and ends. Then parts of a tile go to a workspace,
+and ``sum_parts_kernel`` adds them in the order of K, so that the result depends on nothing but the arguments. A kernel
+of its own is quicker than what its two alternatives, counters and waiting, cost, and needs no state between calls.
+"""
+
+from __future__ import annotations
+
+import triton.experimental.gluon.language as gl
+from triton.experimental import gluon
+
+__all__ = ["piece", "program_at", "share", "sum_parts_kernel", "tile_at"]
+
+
+@gluon.jit
+def tile_at(t, tiles_m, tiles_n, BAND: gl.constexpr):
+    """Rows of x and of the weight of tile t: bands of BAND rows of tiles, column by column."""
+    band = t // (BAND * tiles_n)
+    rest = t % (BAND * tiles_n)
+    rows = min(BAND, tiles_m - band * BAND)
+    return band * BAND + rest % rows, rest // rows
+
+
+@gluon.jit
+def share(tiles, TRIPS, STREAM: gl.constexpr):
+    """The positions of this program's work, in trips; without STREAM, tiles are numbered by the program."""
+    i = gl.program_id(0)
+    programs = gl.num_programs(0)
+    if STREAM:
+        each = tiles * TRIPS // programs
+        more = tiles * TRIPS % programs
+        return i * each + min(i, more), (i + 1) * each + min(i + 1, more)
+    else:
+        return i * 0, (tiles - i + programs - 1) // programs * TRIPS
+
+
+@gluon.jit
+def program_at(position, total, programs):
+    """Which program a position of the stream belongs to."""
+    each = total // programs
+    more = total % programs
+    longer = more * (each + 1)
+    return gl.where(position < longer, position // (each + 1), more + (position - longer) // max(each, 1))
+
+
+@gluon.jit
+def piece(p, end, TRIPS, STREAM: gl.constexpr):
+    """The tile at position p and the trips of it that are this program's."""
+    t = p // TRIPS
+    k0 = p - t * TRIPS
+    k1 = min(TRIPS, k0 + end - p)
+    if not STREAM:
+        t = t * gl.num_programs(0) + gl.program_id(0)
+    return t, k0, k1
+
+
+@gluon.jit(do_not_specialize=["M", "tiles_m", "tiles_n", "TRIPS", "programs"])
+def sum_parts_kernel(
+    sums, out, alpha, M, N, tiles_m, tiles_n, TRIPS, programs,
+    BM: gl.constexpr, SUBS: gl.constexpr, BAND: gl.constexpr, ALPHA: gl.constexpr, FACTOR: gl.constexpr,
+    ROWS: gl.constexpr, PARTS: gl.constexpr,
+):  # fmt: skip
+    """Add the parts, at most PARTS, of each tile that several programs of ``matmul_kernel`` shared.
+
+    A program is for 64 weight rows and ROWS of x.
+    """
+    L: gl.constexpr = gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0])
+    t = gl.program_id(0) // SUBS
+    sub = gl.program_id(0) % SUBS
+    total = tiles_m * tiles_n * TRIPS
+    first = program_at(t * TRIPS, total, programs)
+    last = program_at((t + 1) * TRIPS - 1, total, programs)
+    pm, pn = tile_at(t, tiles_m, tiles_n, BAND)
+    row = gl.program_id(1) * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, L))
+    m = pm * BM + row
+    col = gl.arange(0, 64, gl.SliceLayout(0, L))
+    if last > first:
+        at = sub * (64 * BM) + row[:, None] * 64 + col[None, :]
+        valid = (m < M)[:, None]
+        place = SUBS * 64 * BM
+        value = gl.load(sums + (first * 2 + 1) * place + at, mask=valid, other=0.0)
+        for i in gl.static_range(1, PARTS):
+            more = valid & (first + i <= last)
+            value += gl.load(sums + (first * 2 + 2 * i) * place + at, mask=more, other=0.0)
+        if ALPHA == 0:
+            value = value * FACTOR
+        elif ALPHA == 1:
+            value = value * (gl.load(alpha) * FACTOR)
+        else:
+            value = value * (gl.load(alpha + m, mask=m < M, other=0.0) * FACTOR)[:, None]
+        n = (pn * SUBS + sub) * 64 + col
+        gl.store(out + (m.to(gl.int64) * N)[:, None] + n[None, :], value.to(out.dtype.element_ty), mask=valid)

@@ -1,0 +1,33 @@
+"""mm_fp4 in Gluon: compute capability 9.0, weights of b_layout "hopper". Activations are decoded first."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...formats import MXFP4, NVFP4
+from .._hopper import decoded, product, why_not
+from . import a_layout, mm_fp4
+
+
+@mm_fp4.backend("gluon", unsupported=why_not)
+def mm_fp4_gluon(
+    a: Tensor,
+    b: Tensor,
+    a_descale: Tensor,
+    b_descale: Tensor,
+    alpha: Tensor | None = None,
+    out_dtype: torch.dtype = torch.bfloat16,
+    *,
+    block_size: int = 16,
+    use_8x4_sf_layout: bool = False,
+    use_nvfp4: bool = True,
+    b_layout: str = "plain",
+    backend: str = "auto",
+) -> Tensor:
+    fmt = NVFP4 if use_nvfp4 else MXFP4
+    weight = b.T
+    out = a.new_empty((a.shape[0], weight.shape[0]), dtype=out_dtype)
+    x = decoded(a, a_descale, fmt, a_layout(use_8x4_sf_layout))
+    product(x, weight, b_descale.t().view(weight.shape[0], -1), fmt, out, alpha)
+    return out
