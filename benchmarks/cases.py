@@ -181,7 +181,8 @@ def _paged(g: torch.Generator, batch: int, tokens: int, heads: int, dim: int) ->
     scales = [inputs.random_bytes(g, *shape, dim // 16, high=2) * 8 + 0x30 for _ in "kv"]
     tables = torch.randperm(batch * pages, generator=g, device=g.device).int().view(batch, pages)
     lengths = torch.full((batch,), tokens, dtype=torch.int32, device=g.device)
-    return (*codes, *scales, tables, lengths, inputs.one(g.device), inputs.one(g.device))
+    one = inputs.one(g.device)
+    return (*codes, *scales, tables, lengths, one, one.clone())
 
 
 def _paged_bytes(batch: int, tokens: int, heads: int, dim: int) -> int:

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 from ._peer import Peer, Prepared, Unsuitable, WeightPeer
 from .gemms import GEMMS, WEIGHT_ONLY
-from .kv_attention import KV_ATTENTION
 from .quantizers import QUANTIZERS
 
 __all__ = ["NAMES", "PEERS", "WEIGHT_ONLY", "Peer", "Prepared", "Unsuitable", "WeightPeer"]
 
-PEERS = (*GEMMS, *QUANTIZERS, *KV_ATTENTION)
+PEERS = (*GEMMS, *QUANTIZERS)
 NAMES = tuple(dict.fromkeys(peer.name for peer in PEERS))
