@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Tiles and splits of fp4_kv_attention_decode, timed side by side on a GPU: ``python benchmarks/attention_probe.py``.
+"""Tiles and splits of fp4_kv_attention_decode, side by side on a GPU: ``python benchmarks/kv_attention_probe.py``.
 
 What is best here goes into ``tile_for`` and ``splits_for`` of the op's Triton backend. Every configuration is checked
 against the shipped one before it is timed.
