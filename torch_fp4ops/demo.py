@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .nn import FP4Linear, MXFP8Linear, quantize_
 from .registry import OPS
 from .selection import choose
+from .tables import aligned
 
 __all__ = ["BATCHES", "MAX_COMPILATIONS", "VARIANTS", "Variant", "main", "run"]
 
@@ -197,11 +198,7 @@ def _table(results: Sequence[Result], expected: Tensor, topics: Sequence[str]) -
         compiled = f"{r.graphs}|{r.graph_breaks}|{max(r.graphs - 1, 0)}|{r.first_call_s:.1f} s|{r.time_s * 1e3:.1f} ms"
         numbers = f"{r.weight_bytes:,}|{float(r.cosines.mean()):.4f}|{r.min_cosine:.4f}|{retrieval}|{compiled}"
         rows.append([r.variant.name, *numbers.split("|")])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    sides = "<" + ">" * (len(widths) - 1)
-    cells = [[f"{c:{side}{w}}" for c, side, w in zip(row, sides, widths, strict=True)] for row in rows]
-    lines = ["  ".join(row) for row in cells]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+    return aligned(rows)
 
 
 def _same_topic(neighbours: Tensor, topics: Sequence[str]) -> list[bool]:
