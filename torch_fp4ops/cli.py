@@ -1,4 +1,4 @@
-"""The command line: ``python -m torch_fp4ops env | explain | check | demo | bench``."""
+"""The command line: ``python -m torch_fp4ops env | explain | check | compare | demo | bench``."""
 
 from __future__ import annotations
 
@@ -23,11 +23,15 @@ from .selection import ENVIRONMENT_VARIABLE, explain
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    # These two parse their own options, and need packages that the others don't.
+    # These parse their own options, and need packages that the others don't.
     if argv[:1] == ["demo"]:
         from .demo import main as run_demo
 
         return run_demo(argv[1:])
+    if argv[:1] == ["compare"]:
+        from .comparison._command import main as run_compare
+
+        return run_compare(argv[1:])
     if argv[:1] == ["bench"]:
         return _bench(argv[1:])
     parser = _parser()
@@ -65,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     checking.add_argument("--device", choices=check.devices(), help="default: all that this machine has")
     checking.add_argument("--backend", help="only this one (default: all)")
     checking.add_argument("--json", metavar="FILE", help="write every result to a file")
+    commands.add_parser("compare", help="how far backends, or formats, drift apart in a model (--help for its options)")
     commands.add_parser("demo", help="quantise a real model and compare its embeddings (--help for its options)")
     commands.add_parser("bench", help="benchmarks, from a checkout of the repository (--help for its options)")
     return parser

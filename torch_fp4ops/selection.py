@@ -76,16 +76,16 @@ class Decision:
 _REFERENCE = Decision("reference")
 
 
-def parse_overrides(text: str) -> dict[str, str]:
+def parse_overrides(text: str, source: str = ENVIRONMENT_VARIABLE) -> dict[str, str]:
     """``"mm_fp4=triton,*=flashinfer"`` as a dict; a lone name means every op.
 
-    Raises ValueError on an entry without a name on either side.
+    Raises ValueError that names ``source`` on an entry without a name on either side.
     """
     overrides = {}
     for entry in filter(None, (part.strip() for part in text.split(","))):
         op_name, separator, backend = (part.strip() for part in entry.rpartition("="))
         if not backend or (separator and not op_name):
-            raise ValueError(f"{ENVIRONMENT_VARIABLE}: {entry!r} is not of the form op=backend or backend")
+            raise ValueError(f"{source}: {entry!r} is not of the form op=backend or backend")
         overrides[op_name or "*"] = backend
     return overrides
 

@@ -1,4 +1,4 @@
-"""How far two ways of running a model drift apart, layer by layer: two backends, or a quantised model and its original."""
+"""How far two runs of a model drift apart, layer by layer: two backends, or a quantised model and its original."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ class Comparison:
     backends: Mapping[str, Mapping[str, Sequence[str]]]
     """By run and op: the backends that were taken."""
     unmatched: tuple[str, ...]
-    """Calls that one of two runs did not make, or not with this shape; say, experts that other tokens were routed to."""
+    """Calls that one run did not make, or not with this shape; say, of experts that other tokens were routed to."""
 
     def of(self, run: str) -> list[Row]:
         """The rows of one run, in the order of the calls; the last is the whole model's. ValueError: no such run."""
@@ -75,7 +75,7 @@ class Comparison:
         return self.of(self.runs[-1] if run is None else run)[-1].accumulated
 
     def failures(self, min_cosine: float | None = None) -> list[str]:
-        """A line for each row with a NaN (see :class:`Distance`) or a cosine below ``min_cosine``, local ones included."""
+        """A line for each NaN (see :class:`Distance`) and each cosine below ``min_cosine``, accumulated or alone."""
         lines = []
         for row in self.rows:
             for what, found in (("", row.accumulated), (" alone", row.local)):
@@ -102,8 +102,9 @@ class Comparison:
         axes = figure.subplots()
         for number, run in enumerate(self.runs[1:]):
             rows = self.of(run)
-            for what, style in (("accumulated", "-o"), ("local", "--x")):
-                found = [(i, d.relative_l2) for i, row in enumerate(rows) if (d := getattr(row, what)) is not None]
+            accumulated, alone = [row.accumulated for row in rows], [row.local for row in rows]
+            for what, style, distances in (("accumulated", "-o", accumulated), ("alone", "--x", alone)):
+                found = [(i, d.relative_l2) for i, d in enumerate(distances) if d is not None]
                 # A logarithm has no place for zeros, nor for NaN.
                 points = [(i, y) for i, y in found if 0 < y < math.inf]
                 if points:

@@ -323,9 +323,7 @@ def _floats(out: Any) -> list[Tensor]:
     return [t for t in tree_leaves(out) if isinstance(t, Tensor) and t.is_floating_point()]
 
 
-def _times(
-    run: _Run, args: tuple[Any, ...], kwargs: dict[str, Any], warmup: int, repeats: int
-) -> tuple[float, ...]:
+def _times(run: _Run, args: tuple[Any, ...], kwargs: dict[str, Any], warmup: int, repeats: int) -> tuple[float, ...]:
     synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     times = []
     with run.active():
