@@ -41,7 +41,9 @@ def test_two_backends_and_a_baseline(capsys):
 
 def test_a_cosine_that_is_missed(capsys):
     assert compare("--model", "bert", "--format", "mxfp4", "--min-cosine", "0.999") == 1
-    assert re.search(r"^MISSED auto, pooler\.dense alone: cosine 0\.9\d+, less than 0\.999$", capsys.readouterr().out, re.M)
+    assert re.search(
+        r"^MISSED auto, pooler\.dense alone: cosine 0\.9\d+, less than 0\.999$", capsys.readouterr().out, re.M
+    )
 
 
 def test_layers_that_no_block_divides_stay_as_they_are(capsys, tmp_path):
