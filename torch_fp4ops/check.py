@@ -35,7 +35,7 @@ def check_op(op: Op, device: str, backends: Sequence[str]) -> Iterator[Result]:
         call = op.check(*sample.args, **sample.kwargs)
         for backend in backends:
             where = (device, op.name, backend, sample.name)
-            reason = op.why_not(backend, call)
+            reason = op.why_not(backend, call, launch=True)
             if reason is None and not comparable(op, sample, backend):
                 reason = "the reference does not say what it makes of NaN and infinities"
             if reason is not None:
