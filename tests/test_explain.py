@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib
-
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from torch_fp4ops import OPS, cli, explain, probe
+from torch_fp4ops import OPS, cli, explain
 from torch_fp4ops.ops import _flashinfer
 from torch_fp4ops.selection import choose
 from torch_fp4ops.testing import samples
@@ -18,47 +14,14 @@ CAPABILITIES = [(7, 5), (8, 0), (9, 0), (10, 0), (12, 0)]
 every_capability = pytest.mark.parametrize("capability", CAPABILITIES, ids=lambda c: f"{c[0]}.{c[1]}")
 
 
-@pytest.fixture
-def pretend(monkeypatch):
-    """``pretend((9, 0))``: from now on there is a GPU of that capability, and tensors on it."""
-    # Imported before: what a module makes at import must be real.
-    for op in OPS.values():
-        op.backend_names()
-    with contextlib.suppress(ImportError):
-        importlib.import_module("flashinfer")
-    caches = [_flashinfer.why_not, _flashinfer._capability]
-    with contextlib.suppress(ImportError):
-        caches.append(importlib.import_module("torch_fp4ops.ops._triton_launch")._why_not_on)
-    modes = contextlib.ExitStack()
-
-    def forget() -> None:
-        for cache in caches:
-            cache.cache_clear()
-        for op in OPS.values():
-            op._preferences_on.clear()
-
-    def as_capability(capability: tuple[int, int]) -> None:
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-        monkeypatch.setattr(probe, "_verdicts", {})
-        forget()
-        modes.enter_context(FakeTensorMode())
-
-    yield as_capability
-    modes.close()
-    monkeypatch.undo()
-    forget()
-
-
 def call_of(name: str, sizes: tuple[int, ...] = ()) -> tuple:
     return cli._example(name)(torch.device("cuda"), *sizes)
 
 
 @every_capability
 @pytest.mark.parametrize("name", sorted(OPS))
-def test_every_backend_has_its_line(name, capability, pretend):
-    pretend(capability)
+def test_every_backend_has_its_line(name, capability, pretend_gpu):
+    pretend_gpu(capability)
     op, arguments = OPS[name], call_of(name)
     title, *lines = explain(name, *arguments).splitlines()
     call = op.check(*arguments)
@@ -90,8 +53,8 @@ def built(monkeypatch):
     monkeypatch.setattr(_flashinfer, "has_package", lambda name: True)
 
 
-def test_a_foreign_backend_is_said_to_be_probed_first(pretend, built, monkeypatch):
-    pretend((10, 0))
+def test_a_foreign_backend_is_said_to_be_probed_first(pretend_gpu, built, monkeypatch):
+    pretend_gpu((10, 0))
     text = explain("mm_fp4", *call_of("mm_fp4"))
     assert "(compute capability 10.0): flashinfer (decided by auto)\n  probed against the reference before its" in text
     assert "  triton: can take it; comes later in the preferences" in text.splitlines()
@@ -102,17 +65,17 @@ def test_a_foreign_backend_is_said_to_be_probed_first(pretend, built, monkeypatc
     assert "its first use would compile FlashInfer's module fp4_gemm_cutlass" in named.splitlines()[2]
 
 
-def test_a_backend_that_is_preferred_on_newer_gpus_only(pretend, built):
+def test_a_backend_that_is_preferred_on_newer_gpus_only(pretend_gpu, built):
     sample = next(s for s in samples(OPS["cutlass_fused_moe"]) if s.name == "w4a16-mxfp4-flashinfer")
-    pretend((9, 0))
+    pretend_gpu((9, 0))
     on_gpu = sample.map_tensors(lambda t: torch.empty(t.shape, dtype=t.dtype, device="cuda"))
     text = explain("cutlass_fused_moe", *on_gpu.args, **on_gpu.kwargs)
     assert "(compute capability 9.0): reference (decided by auto)" in text  # Triton reads no interleaved weights
     assert "  flashinfer: can take it; preferred from compute capability 10.0 on" in text.splitlines()
 
 
-def test_the_command_on_a_gpu(pretend, capsys):
-    pretend((9, 0))
+def test_the_command_on_a_gpu(pretend_gpu, capsys):
+    pretend_gpu((9, 0))
     assert cli.main(["explain", "--device", "cuda"]) == 0
     out = capsys.readouterr().out
     for name, op in OPS.items():
