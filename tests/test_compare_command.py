@@ -102,6 +102,7 @@ def test_wrong_arguments(arguments, message, capsys):
         (["--tokens", "0"], "--batch and --tokens are 1 or more"),
         (["--backends", "reference,mm_fp4="], "--backends: 'mm_fp4=' is not of the form"),
         (["--format", "fp4"], "invalid choice: 'fp4'"),
+        (["--device", "tpu"], "no device 'tpu'; allowed: cpu"),
     ],
 )
 def test_arguments_that_never_start(arguments, message, capsys):

@@ -6,6 +6,7 @@ import builtins
 import copy
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -209,6 +210,35 @@ def test_a_function_gives_every_run_a_fresh_model():
     assert compare(Stateful, X, ("reference", "auto"), **QUICK).output() == EXACT
     assert Stateful.made == 3  # one for each run, and one to find the layers
     assert compare(Stateful(), X, ("reference", "auto"), **QUICK).output() != EXACT
+
+
+def test_a_compiled_model_is_compared_eagerly_and_timed_compiled(fresh_dynamo):
+    model, calls = quantized(), []
+
+    def backend(graph, inputs):
+        return lambda *args: calls.append(1) or graph(*args)
+
+    found = compare(
+        torch.compile(model, backend=backend), X, ("reference", "auto"), baseline=plain(), warmup=0, repeats=3
+    )
+    assert [row.layer for row in found.of("auto")] == ["0", "1", "2", OUTPUT]
+    assert found.of("reference") == [replace(row, run="reference") for row in found.of("auto")]
+    assert len(calls) == 2 * 3
+
+
+def test_a_whole_transformer_with_experts():
+    """Fused experts, which are no Linear, count too: they call an operator."""
+    pytest.importorskip("transformers", reason="needs transformers, of the extra 'demo'")
+    from compile_tests import architectures
+
+    model, inputs = architectures.quantized("qwen_moe"), architectures.inputs("qwen_moe", 2)
+    found = compare(model, inputs, "auto", baseline=architectures.unquantized("qwen_moe"), **QUICK)
+    layers = [row.layer for row in found.rows]
+    assert {"model.layers.0.mlp.experts", "model.layers.1.self_attn.q_proj"} <= set(layers) and not found.unmatched
+    assert all(row.local.cosine > 0.97 for row in found.rows[:-1]) and found.output().cosine > 0.9
+    dit = architectures.quantized("dit", activations="same")
+    found = compare(dit, architectures.inputs("dit", 20), "auto", baseline=architectures.unquantized("dit"), **QUICK)
+    assert found.rows[0].layer == "time.0" and found.output().cosine > 0.9
 
 
 def test_the_model_is_left_as_it_was():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -28,6 +29,14 @@ class Result:
 
 def devices() -> list[str]:
     return ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+def device(name: str) -> str:
+    """The type of the commands' ``--device``: one that is here."""
+    if name in devices():
+        return name
+    why = "torch sees no GPU here" if name == "cuda" else f"no device {name!r}"
+    raise argparse.ArgumentTypeError(f"{why}; allowed: {', '.join(devices())}")
 
 
 def check_op(op: Op, device: str, backends: Sequence[str]) -> Iterator[Result]:

@@ -65,23 +65,16 @@ def _parser() -> argparse.ArgumentParser:
     explaining.add_argument("shape", nargs="*", type=int, help="sizes in the order given below (default: typical ones)")
     explaining.add_argument("--backend", default="auto", help="the backend= of the call (default: auto)")
     last = check.devices()[-1]
-    explaining.add_argument("--device", type=_device, default=last, help=f"cpu or cuda (default: {last})")
+    explaining.add_argument("--device", type=check.device, default=last, help=f"cpu or cuda (default: {last})")
     checking = commands.add_parser("check", help="run every op on every backend here and compare with the reference")
     checking.add_argument("ops", nargs="*", help="ops to check (default: all)")
-    checking.add_argument("--device", type=_device, help="cpu or cuda (default: all that this machine has)")
+    checking.add_argument("--device", type=check.device, help="cpu or cuda (default: all that this machine has)")
     checking.add_argument("--backend", help="only this one (default: all)")
     checking.add_argument("--json", metavar="FILE", help="write every result to a file")
     commands.add_parser("compare", help="how far backends, or formats, drift apart in a model (--help for its options)")
     commands.add_parser("demo", help="quantise a real model and compare its embeddings (--help for its options)")
     commands.add_parser("bench", help="benchmarks, from a checkout of the repository (--help for its options)")
     return parser
-
-
-def _device(name: str) -> str:
-    if name in check.devices():
-        return name
-    why = "torch sees no GPU here" if name == "cuda" else f"no device {name!r}"
-    raise argparse.ArgumentTypeError(f"{why}; allowed: {', '.join(check.devices())}")
 
 
 def _env() -> int:

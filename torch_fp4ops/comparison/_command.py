@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
+from ..check import device, devices
 from ..demo import machine
 from ..formats import FORMATS
 from ..nn import quantize_
@@ -52,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch", type=int, default=4, help="default: 4")
     add("--tokens", type=int, default=32, help="of a sequence, for a transformers model (default: 32)")
     add("--seed", type=int, default=0, help="of the weights and tokens of a transformers model (default: 0)")
-    add("--device", help="default: cuda if there is a GPU, else cpu")
+    add("--device", type=device, default=devices()[-1], help="cpu or cuda (default: cuda if there is a GPU)")
     add("--warmup", type=int, default=1, help="calls before time is taken (default: 1)")
     add("--repeats", type=int, default=5, help="timed calls (default: 5)")
     add("--min-cosine", type=float, help="fail below it: every layer and the output, accumulated and alone")
@@ -76,12 +77,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--batch and --tokens are 1 or more")
     if options.plot and importlib.util.find_spec("matplotlib") is None:
         parser.error("--plot needs matplotlib: pip install 'torch-fp4ops[bench]'")
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    where = torch.device(options.device)
     try:
-        loaded = _load(options, device)
+        loaded = _load(options, where)
         quantized, skipped = _quantized(loaded.model, options)
         print(f"{loaded.what}; {options.format}, activations {options.activations}")
-        print(machine(device))
+        print(machine(where))
         for line in skipped:
             print(f"not quantised: {line}")
         found = compare(
@@ -118,11 +119,11 @@ def _overrides(text: str) -> str | Mapping[str, str]:
     return by_op if by_op.keys() - {"*"} else by_op.get("*", text)
 
 
-def _load(options: argparse.Namespace, device: torch.device) -> Loaded:
+def _load(options: argparse.Namespace, where: torch.device) -> Loaded:
     if options.model == "demo":
-        return demo_encoder(device, options.batch)
+        return demo_encoder(where, options.batch)
     full_size = options.size == "full"
-    return from_config(options.model, device, options.batch, options.tokens, options.seed, full_size)
+    return from_config(options.model, where, options.batch, options.tokens, options.seed, full_size)
 
 
 def _quantized(model: nn.Module, options: argparse.Namespace) -> tuple[nn.Module, list[str]]:

@@ -33,6 +33,12 @@ class _Run:
     backends: Mapping[str, str] | None
     """By op, "*" for all; None: whatever is selected outside."""
 
+    @property
+    def eager(self) -> nn.Module:
+        """What ``torch.compile`` wraps, with the names that the layers have there."""
+        wrapped: nn.Module = getattr(self.model, "_orig_mod", self.model)
+        return wrapped
+
     def active(self) -> contextlib.AbstractContextManager[None]:
         if self.backends is None:
             return contextlib.nullcontext()
@@ -60,8 +66,8 @@ def compare(
 
     The first run is the ``baseline`` if there is one, else the model on the first of the backends. Every other run
     feeds itself, so that errors accumulate; with ``local``, every layer is also run alone on what it got in the first
-    run, so that a wrong layer stands out from those behind it. The model runs eagerly, in eval mode and without
-    gradients, and is left as it was.
+    run, so that a wrong layer stands out from those behind it. Models run in eval mode, without gradients and, but for
+    the times, eagerly even if they are compiled; they are left as they were.
 
     Args:
         model: any module, quantised or calling ``torch.ops.fp4`` itself. A function that makes one (the same each
@@ -92,8 +98,9 @@ def compare(
         raise ValueError(f"compare: repeats is {repeats}; allowed: 1 or more")
     runs = _runs(model, backends, baseline, baseline_name)
     with torch.no_grad(), _evaluating(run.model for run in runs):
-        selected = _select(layers, runs[-1], None if isinstance(model, nn.Module) else model, args, kwargs)
-        found = _compared(runs, selected, args, kwargs, local)
+        with torch.compiler.set_stance("force_eager"):
+            selected = _select(layers, runs[-1], None if isinstance(model, nn.Module) else model, args, kwargs)
+            found = _compared(runs, selected, args, kwargs, local)
         times = {run.name: _times(run, args, kwargs, warmup, repeats) for run in runs}
     return Comparison(tuple(run.name for run in runs), times=times, **found)
 
@@ -185,7 +192,7 @@ def _select(
     layers: str | Filter, run: _Run, make: Make | None, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> dict[str, str]:
     """The compared layers' names and kinds, in the order of ``named_modules``."""
-    modules = {name: module for name, module in run.model.named_modules() if name}
+    modules = {name: module for name, module in run.eager.named_modules() if name}
     kinds = {name: type(module).__name__ for name, module in modules.items()}
     if callable(layers):
         chosen = [name for name, module in modules.items() if layers(module, name)]
@@ -210,12 +217,12 @@ def _callers(run: _Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[s
         callers.running.pop()
 
     handles = []
-    for name, module in run.model.named_modules():
+    for name, module in run.eager.named_modules():
         handles.append(module.register_forward_pre_hook(lambda *_, name=name: callers.running.append(name)))
         handles.append(module.register_forward_hook(leave))
     try:
         with run.active(), callers:
-            run.model(*args, **kwargs)
+            run.eager(*args, **kwargs)
     finally:
         for handle in handles:
             handle.remove()
@@ -235,10 +242,10 @@ def _compared(
         kept[key] = [t.to("cpu", copy=True) for t in _floats(out)]
         for other in others if local else ():
             with other.active(), record_decisions():
-                again = _floats(other.model.get_submodule(key.layer)(*args, **kwargs))
+                again = _floats(other.eager.get_submodule(key.layer)(*args, **kwargs))
             alone[other.name, key] = _distance_or_reason(again, kept[key])
 
-    everywhere = [name for name in selected if all(_has(run.model, name) for run in runs)]
+    everywhere = [name for name in selected if all(_has(run.eager, name) for run in runs)]
     for name in selected.keys() - set(everywhere):
         unmatched.append(f"{name}, which not every model has")
     backends = {}
@@ -262,7 +269,7 @@ def _compared(
                 by_itself = alone.get((other.name, key))
                 by_itself = None if isinstance(by_itself, str) else by_itself
                 rows.append(Row(other.name, key.layer, selected[key.layer], key.call, result, by_itself))
-        kind = type(other.model).__name__
+        kind = type(other.eager).__name__
         rows.append(Row(other.name, OUTPUT, kind, 0, distance(_floats(output), whole), None))
     return {"rows": tuple(rows), "backends": backends, "unmatched": tuple(unmatched)}
 
@@ -308,11 +315,11 @@ def _watched(
 
     handles = []
     for name in names:
-        module = run.model.get_submodule(name)
+        module = run.eager.get_submodule(name)
         handles.append(module.register_forward_hook(partial(hook, name), with_kwargs=True))
     try:
         with run.active(), record_decisions() as decisions:
-            out = run.model(*args, **kwargs)
+            out = run.eager(*args, **kwargs)
     finally:
         for handle in handles:
             handle.remove()
