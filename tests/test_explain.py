@@ -46,8 +46,13 @@ def test_every_backend_has_its_line(name, capability, pretend_gpu):
     ]
 
 
+@pytest.fixture(autouse=True)
+def nothing_is_built(monkeypatch):
+    monkeypatch.setattr(_flashinfer, "_is_built", lambda name: False)
+
+
 @pytest.fixture
-def built(monkeypatch):
+def built(monkeypatch, nothing_is_built):
     pytest.importorskip("flashinfer", reason="FlashInfer is not installed", exc_type=ImportError)
     monkeypatch.setattr(_flashinfer, "_is_built", lambda name: True)
     monkeypatch.setattr(_flashinfer, "has_package", lambda name: True)
