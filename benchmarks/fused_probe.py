@@ -19,7 +19,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks.quantize_probe import COLD_BYTES, START, copy_rate, microseconds, say
+from benchmarks.probing import START, say
+from benchmarks.quantize_probe import COLD_BYTES, copy_rate, microseconds
 from torch_fp4ops import scale_layouts
 from torch_fp4ops.formats import MXFP4, NVFP4, BlockFormat
 from torch_fp4ops.ops import _triton_quantize

@@ -12,7 +12,6 @@ the same run. ``$OUT`` (or ``--out``) gets gemm_probe.csv and gemm_probe_other.c
 from __future__ import annotations
 
 import argparse
-import csv
 import itertools
 import os
 import sys
@@ -29,6 +28,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks import timing
+from benchmarks.probing import START, Checks, say, write_csv
 from compile_tests.offline import compile_apart
 from torch_fp4ops import OPS, scale_layouts
 from torch_fp4ops.block_quantization import dequantize_blocks
@@ -37,14 +37,9 @@ from torch_fp4ops.ops import _triton_gemm_launch as launch
 from torch_fp4ops.ops._triton_gemm_launch import Config, Operand
 from torch_fp4ops.testing import assert_matmul_close, assert_right, samples
 
-START = time.time()
 SHAPES = ((4096, 4096), (28672, 8192), (8192, 28672), (7168, 2048))
 ROWS = (1, 4, 16, 64, 256, 1024, 4096)
 SWIZZLED = scale_layouts.SWIZZLED_128X4
-
-
-def say(*words: object) -> None:
-    print(f"[{time.time() - START:6.1f}s]", *words, flush=True)
 
 
 # What is swept
@@ -128,31 +123,21 @@ def check(config: Config, parts: int, fmt: BlockFormat = NVFP4, dtype: torch.dty
 
 def check_shipped() -> int:
     """Every op's samples, and each shape of the sweep with what ships, sampled rows of it against float64."""
-    failures = comparisons = 0
-
-    def attempt(what: str, function: Callable[[], None]) -> None:
-        nonlocal failures, comparisons
-        comparisons += 1
-        try:
-            function()
-        except Exception as error:
-            failures += 1
-            say("WRONG" if isinstance(error, AssertionError) else "ERROR", what, str(error)[:300])
-
+    checks = Checks()
     for name in ("mm_bf16_fp4", "mm_fp4", "mm_mxfp8", "cutlass_fused_moe"):
         op = OPS[name]
         for sample in samples(op, "cuda"):
             if op.why_not("triton", op.check(*sample.args, **sample.kwargs)) is None:
-                attempt(f"{name} {sample.name}", partial(assert_right, op, sample, "triton"))
-    say(f"samples: {comparisons} comparisons, {failures} failures")
+                checks.attempt(f"{name} {sample.name}", partial(assert_right, op, sample, "triton"))
+    say(f"samples: {checks}")
     for (n, k), fmt in itertools.product(((4096, 4096), (7168, 2048 + 32)), (NVFP4, MXFP4)):
         w = weights(fmt, n, k, 0)
         wanted = values_of(fmt, *w, n, k)
         for m, dtype in itertools.product((*ROWS, 17, 129), (torch.bfloat16, torch.float16)):
             x = torch.randn(m, k, device="cuda").to(dtype)
-            attempt(f"{fmt.name} {dtype} {m}x{n}x{k}", partial(_check_op, x, w, fmt, wanted))
-    say(f"checks: {comparisons} comparisons, {failures} failures")
-    return failures
+            checks.attempt(f"{fmt.name} {dtype} {m}x{n}x{k}", partial(_check_op, x, w, fmt, wanted))
+    say(f"checks: {checks}")
+    return checks.failures
 
 
 def _check_op(x: Tensor, w: tuple[Tensor, Tensor], fmt: BlockFormat, wanted: Tensor) -> None:
@@ -173,14 +158,11 @@ def microseconds(calls: list[Callable[[], Any]]) -> float:
 
 
 def sweep(rows: list[int], seconds: float, out: Path) -> None:
-    good = set()
+    good, checks = set(), Checks()
     for config, most in all_candidates().items():
-        try:
-            for parts in {1, min(2, most)}:
-                check(config, parts)
+        all_parts = {1, min(2, most)}
+        if all(checks.attempt(tuple(config), partial(check, config, parts)) for parts in all_parts):
             good.add(config)
-        except Exception as error:
-            say("WRONG" if isinstance(error, AssertionError) else "ERROR", tuple(config), str(error)[:200])
     say(f"{len(good)} configurations are right")
     results: list[dict[str, Any]] = []
     for m, (n, k) in itertools.product(rows, SHAPES):
@@ -191,7 +173,7 @@ def sweep(rows: list[int], seconds: float, out: Path) -> None:
             results += time_shape(m, n, k, good)
         except Exception as error:
             say("ERROR", (m, n, k), str(error)[:300])
-        write(out / "gemm_probe.csv", results)
+        write_csv(out / "gemm_probe.csv", results)
     timing.free_memory(torch.device("cuda"))
 
 
@@ -263,7 +245,7 @@ def other_ops(seconds: float, out: Path) -> None:
         a, b = a.view(torch.float8_e4m3fn), b.view(torch.float8_e4m3fn)
         cases["mm_mxfp8"] = partial(OPS["mm_mxfp8"].default, a, b.T, sa.flatten(), sb.flatten(), backend="triton")
         results += _time_cases(cases, f"{m}x{n}x{k} (warm)", seconds)
-        write(out / "gemm_probe_other.csv", results)
+        write_csv(out / "gemm_probe_other.csv", results)
     for name, hidden, inter, experts, top_k in (("gptoss", 2944, 2944, 128, 4), ("deepseek", 7168, 2048, 32, 8)):
         mx, nv = (
             [weights(f, experts * r, c, r) for r, c in ((2 * inter, hidden), (hidden, inter))] for f in (MXFP4, NVFP4)
@@ -271,7 +253,7 @@ def other_ops(seconds: float, out: Path) -> None:
         for m in (1, 8, 64, 256, 1024, 4096):
             cases = {f"moe-{name}-{kind}": call for kind, call in moe_calls(m, hidden, inter, experts, top_k, mx, nv)}
             results += _time_cases(cases, f"{m} tokens", seconds)
-            write(out / "gemm_probe_other.csv", results)
+            write_csv(out / "gemm_probe_other.csv", results)
 
 
 def moe_calls(
@@ -310,15 +292,6 @@ def _time_cases(cases: dict[str, Callable[[], Any]], what: str, seconds: float) 
             say("ERROR", name, what, str(error)[:200])
     say(what, ", ".join(f"{r['case']} {r['us']:.1f}" for r in found))
     return found
-
-
-def write(path: Path, rows: list[dict[str, Any]]) -> None:
-    if rows:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
 
 
 def precompile(arch: str, jobs: int) -> None:

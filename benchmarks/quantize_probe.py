@@ -12,7 +12,6 @@ the bandwidth of an elementwise copy measured in the same run. ``$OUT`` (or ``--
 from __future__ import annotations
 
 import argparse
-import csv
 import importlib
 import itertools
 import math
@@ -30,6 +29,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from benchmarks.probing import START, Checks, say, write_csv
 from compile_tests.offline import aot_cases, compile_apart
 from torch_fp4ops import OPS, scale_layouts
 from torch_fp4ops.block_quantization import dequantize_blocks
@@ -39,7 +39,6 @@ from torch_fp4ops.ops._triton_launch import Tiling
 from torch_fp4ops.testing import assert_right, assert_same_bytes, samples
 from torch_fp4ops.testing.strategies import SPECIAL_VALUES
 
-START = time.time()
 COLD_BYTES = 256 << 20
 SHAPES = [(8192, 7168), (1, 4096), (32768, 16384), (128, 7168), (1024, 4096), (16, 16384), (32768, 1024), (4096, 2944)]
 LAYOUT_FLAGS = {
@@ -47,10 +46,6 @@ LAYOUT_FLAGS = {
     scale_layouts.SWIZZLED_8X4: (True, True),
     scale_layouts.LINEAR: (False, False),
 }
-
-
-def say(*words: object) -> None:
-    print(f"[{time.time() - START:6.1f}s]", *words, flush=True)
 
 
 # Timing
@@ -256,22 +251,12 @@ def hard_data(m: int, k: int, seed: int) -> Tensor:
 
 def check_shipped() -> int:
     """Every op's samples, and larger hard data in every format, layout, dtype and form of global scale."""
-    failures = comparisons = 0
-
-    def attempt(what: str, function: Callable[[], None]) -> None:
-        nonlocal failures, comparisons
-        comparisons += 1
-        try:
-            function()
-        except Exception as error:
-            failures += 1
-            say("WRONG" if isinstance(error, AssertionError) else "ERROR", what, str(error)[:300])
-
+    checks = Checks()
     for op in OPS.values():
         if "triton" in op.backend_names():
             for sample in samples(op, "cuda"):
-                attempt(f"{op.name} {sample.name}", partial(assert_right, op, sample, "triton"))
-    say(f"samples: {comparisons} comparisons, {failures} failures")
+                checks.attempt(f"{op.name} {sample.name}", partial(assert_right, op, sample, "triton"))
+    say(f"samples: {checks}")
     for m, k in ((1, 64), (129, 1056), (1000, 2944), (4097, 7168)):
         x = hard_data(m, k, m)
         rows = torch.rand(m, device="cuda") * 1000 + 0.1
@@ -281,16 +266,16 @@ def check_shipped() -> int:
                     forms = (rows[:1], rows) if fmt.has_global_scale else (rows[:1],)
                     for gs, kind in itertools.product(forms, (Quantize, Dequantize)):
                         case = kind(fmt, layout, dtype)
-                        attempt(f"{case} {m}x{k}", partial(case.check, case.shipped(m, k), (x, gs)))
+                        checks.attempt(f"{case} {m}x{k}", partial(case.check, case.shipped(m, k), (x, gs)))
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
     shuffled = every[torch.randperm(2**16)].reshape(64, 1024).cuda()
     for data in (every.reshape(64, 1024).cuda(), shuffled):
         for fmt in (NVFP4, MXFP4, MXFP8):
             case = Quantize(fmt, scale_layouts.SWIZZLED_128X4)
             gs = torch.full((1,), 300.0, device="cuda")
-            attempt(f"all bf16 {case}", partial(case.check, case.shipped(64, 1024), (data, gs)))
-    say(f"checks: {comparisons} comparisons, {failures} failures")
-    return failures
+            checks.attempt(f"all bf16 {case}", partial(case.check, case.shipped(64, 1024), (data, gs)))
+    say(f"checks: {checks}")
+    return checks.failures
 
 
 # The sweep
@@ -303,14 +288,12 @@ def sweep(seconds: float, out: Path) -> None:
     small = hard_data(300, 1056, 0)
     results: list[dict[str, Any]] = []
     good: dict[str, list[Tiling]] = {}
+    checks = Checks()
     for case in SWEPT:
         good[str(case)] = []
         for tile in dict.fromkeys(case.tilings()):
-            try:
-                case.check(tile, (small, gs))
+            if checks.attempt(f"{case} {tile}", partial(case.check, tile, (small, gs))):
                 good[str(case)].append(tile)
-            except Exception as error:
-                say("WRONG", case, tile, str(error)[:300])
     say("tilings checked")
     try:
         sweep_kv_store(rate)
@@ -331,11 +314,7 @@ def sweep(seconds: float, out: Path) -> None:
             line = " | ".join(f"{tuple(r['tile'])} {r['us']:.2f}" for r in found[:3])
             mine = next((f"{r['us']:.2f}" for r in found if r["tile"] == shipped), "not swept")
             say(f"{case} {m}x{k}: {line} | shipped {tuple(shipped)} {mine} | best {found[0]['fraction']:.2f} of copy")
-        out.mkdir(parents=True, exist_ok=True)
-        with open(out / "quantize_probe.csv", "w", newline="") as file:
-            writer = csv.DictWriter(file, list(results[0]))
-            writer.writeheader()
-            writer.writerows({**r, "tile": "x".join(map(str, r["tile"]))} for r in results)
+        write_csv(out / "quantize_probe.csv", [{**r, "tile": "x".join(map(str, r["tile"]))} for r in results])
 
 
 def _time_tilings(

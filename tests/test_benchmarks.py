@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
-from benchmarks import cases, decode_step, gpu_report, host_overhead, peers, plots, report, run, timing, verify
+from benchmarks import cases, decode_step, gpu_report, host_overhead, peers, plots, probing, report, run, timing, verify
 from benchmarks.report import Row
 from torch_fp4ops import OPS
 from torch_fp4ops.testing import Sample
@@ -386,3 +386,27 @@ def test_a_mode_that_fails_is_a_row(tmp_path, capsys, fresh_dynamo, monkeypatch)
     monkeypatch.setattr(decode_step, "_step", fail)
     assert decode_step.main(["--batches", "1", "--device", "cpu", "--backend", "reference", *TINY_STEP]) == 1
     assert "RuntimeError: no capture\n" in capsys.readouterr().out
+
+
+# Probes
+
+
+def test_checks_go_on_after_a_failure(capsys):
+    def fails(error: Exception):
+        raise error
+
+    checks = probing.Checks()
+    assert checks.attempt("fine", lambda: None)
+    assert not checks.attempt("bytes", lambda: fails(AssertionError("3 of 4 bytes differ")))
+    assert not checks.attempt("launch", lambda: fails(RuntimeError("no kernel image")))
+    assert str(checks) == "3 comparisons, 2 failures"
+    out = capsys.readouterr().out
+    assert "WRONG bytes 3 of 4 bytes differ" in out and "ERROR launch no kernel image" in out and "fine" not in out
+
+
+def test_csv_of_a_probe(tmp_path):
+    path = tmp_path / "new" / "probe.csv"
+    probing.write_csv(path, [])
+    assert not path.exists()
+    probing.write_csv(path, [{"m": 1, "us": 2.5}, {"m": 2, "us": 3.5}])
+    assert path.read_text().splitlines() == ["m,us", "1,2.5", "2,3.5"]

@@ -25,11 +25,12 @@ LAYERS = (
         "prepared_weights",
         "contracts",
         "capture",
+        "tables",
     },
     {"registry", "selection"},
     {"ops", "testing", "probe", "extern"},
     {"nn", "kv_cache", "cuda_graphs", "compile_passes"},
-    {"demo", "check", "benchmarks"},
+    {"demo", "check", "comparison", "benchmarks"},
     {"cli", "__main__"},
 )
 

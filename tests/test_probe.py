@@ -138,8 +138,34 @@ def test_nothing_is_probed_while_a_graph_is_captured(foreign, monkeypatch):
     op = foreign(nvfp4_kv_quantize, raises)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     trust = op.find_backend("foreign", "test").trust
-    reason = trust._first_time(op, "foreign", torch.device("cuda", 0), named=True)
+    reason = trust._first_time(op, (op.name, "foreign", torch.device("cuda", 0), ""), named=True)
     assert "has not been probed yet, which can't happen while a CUDA graph is being captured" in reason
+
+
+def test_each_part_of_a_backend_is_probed_by_itself(foreign):
+    """Kernels of two kinds under one name: that one of them is wrong says nothing of the other."""
+
+    def wrong_for_matrices(input, global_scale, *, backend):
+        return (swaps_nibbles if input.dim() == 2 else right)(input, global_scale, backend=backend)
+
+    op = foreign(nvfp4_kv_quantize, wrong_for_matrices, part=lambda call: f"{call.input.dim()}-D")
+    cube = X.unsqueeze(0)
+    for _ in range(2):
+        with pytest.raises(BackendUnavailable, match="is wrong: .* elements differ"):
+            op(X, GLOBAL, backend="foreign")
+        assert torch.equal(op(cube, GLOBAL, backend="foreign")[0], right(cube, GLOBAL)[0])
+    assert {key[-1] for key in probe._verdicts} == {"2-D", "3-D"}
+    assert prepare(op, "foreign", "cpu").startswith("2-D: is wrong")
+    assert op.why_not("foreign", op.check(X[:1], GLOBAL)) is not None  # known by now
+    probe._verdicts.clear()
+    call = op.check(X, GLOBAL)
+    assert op.why_not("foreign", call) is None and "is wrong" in op.why_not("foreign", call, launch=True)
+
+
+def test_a_part_without_a_sample_is_not_trusted(foreign):
+    op = foreign(nvfp4_kv_quantize, right, part=lambda call: str(call.input.shape[0]))
+    with pytest.raises(BackendUnavailable, match="can't be probed: the op has no sample for it"):
+        op(X.repeat(1000, 1), GLOBAL, backend="foreign")
 
 
 def test_a_backend_that_takes_no_sample_is_not_trusted(foreign):

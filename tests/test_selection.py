@@ -174,9 +174,18 @@ def test_environment_is_read_at_import_and_an_unknown_op_warns():
 
 
 def test_explain_names_every_backend_and_its_reason():
-    text = explain(pick, torch.zeros(3))
-    assert "_test_pick on cpu: small (decided by auto)" in text
-    assert "big: fewer than 10 elements" in text
-    assert "reference: can take it" in text
-    assert "preference: big, because big is fast" in text
+    assert explain(pick, torch.zeros(3)).splitlines() == [
+        "_test_pick on cpu: small (decided by auto)",
+        "  reference: can take it; what auto ends at",
+        "  big: fewer than 10 elements",
+        "  preference 1: big, because big is fast",
+        "  preference 2: small, because small is faster than nothing",
+    ]
+    with set_backend("big"):
+        named = explain(pick, torch.zeros(10)).splitlines()
+    assert named[:3] == [
+        "_test_pick on cpu: big (decided by set_backend)",
+        "  reference: can take it; another one is named",
+        "  small: more than 5 elements",
+    ]
     assert "none. torch.ops.fp4._test_pick: backend 'small'" in explain(pick, torch.zeros(9), backend="small")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from . import ops as _ops  # noqa: F401  (registers the operators)
+from .comparison import Comparison, compare
 from .extern import register_extern
 from .formats import MXFP4, MXFP8, NVFP4, BlockFormat
 from .prepared_weights import PreparedWeight, prepare_fp4_weight, prepare_sm90_moe_weights
@@ -20,9 +21,11 @@ __all__ = [
     "OPS",
     "BackendUnavailable",
     "BlockFormat",
+    "Comparison",
     "Decision",
     "Op",
     "PreparedWeight",
+    "compare",
     "explain",
     "prepare_fp4_weight",
     "prepare_sm90_moe_weights",

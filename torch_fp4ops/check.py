@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -30,12 +31,20 @@ def devices() -> list[str]:
     return ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
+def device(name: str) -> str:
+    """The type of the commands' ``--device``: one that is here."""
+    if name in devices():
+        return name
+    why = "torch sees no GPU here" if name == "cuda" else f"no device {name!r}"
+    raise argparse.ArgumentTypeError(f"{why}; allowed: {', '.join(devices())}")
+
+
 def check_op(op: Op, device: str, backends: Sequence[str]) -> Iterator[Result]:
     for sample in samples(op, device):
         call = op.check(*sample.args, **sample.kwargs)
         for backend in backends:
             where = (device, op.name, backend, sample.name)
-            reason = op.why_not(backend, call)
+            reason = op.why_not(backend, call, launch=True)
             if reason is None and not comparable(op, sample, backend):
                 reason = "the reference does not say what it makes of NaN and infinities"
             if reason is not None:

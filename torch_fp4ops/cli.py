@@ -1,4 +1,4 @@
-"""The command line: ``python -m torch_fp4ops env | explain | check | demo | bench``."""
+"""The command line: ``python -m torch_fp4ops env | explain | check | compare | demo | bench``."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from . import __version__, check
+from .capture import describe
 from .registry import OPS, Op
 from .selection import ENVIRONMENT_VARIABLE, explain
 
@@ -23,11 +24,15 @@ from .selection import ENVIRONMENT_VARIABLE, explain
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    # These two parse their own options, and need packages that the others don't.
+    # These parse their own options, and need packages that the others don't.
     if argv[:1] == ["demo"]:
         from .demo import main as run_demo
 
         return run_demo(argv[1:])
+    if argv[:1] == ["compare"]:
+        from .comparison._command import main as run_compare
+
+        return run_compare(argv[1:])
     if argv[:1] == ["bench"]:
         return _bench(argv[1:])
     parser = _parser()
@@ -59,12 +64,14 @@ def _parser() -> argparse.ArgumentParser:
     explaining.add_argument("op", nargs="?", choices=sorted(OPS), metavar="op", help="(default: every op)")
     explaining.add_argument("shape", nargs="*", type=int, help="sizes in the order given below (default: typical ones)")
     explaining.add_argument("--backend", default="auto", help="the backend= of the call (default: auto)")
-    explaining.add_argument("--device", choices=check.devices(), default=check.devices()[-1])
+    last = check.devices()[-1]
+    explaining.add_argument("--device", type=check.device, default=last, help=f"cpu or cuda (default: {last})")
     checking = commands.add_parser("check", help="run every op on every backend here and compare with the reference")
     checking.add_argument("ops", nargs="*", help="ops to check (default: all)")
-    checking.add_argument("--device", choices=check.devices(), help="default: all that this machine has")
+    checking.add_argument("--device", type=check.device, help="cpu or cuda (default: all that this machine has)")
     checking.add_argument("--backend", help="only this one (default: all)")
     checking.add_argument("--json", metavar="FILE", help="write every result to a file")
+    commands.add_parser("compare", help="how far backends, or formats, drift apart in a model (--help for its options)")
     commands.add_parser("demo", help="quantise a real model and compare its embeddings (--help for its options)")
     commands.add_parser("bench", help="benchmarks, from a checkout of the repository (--help for its options)")
     return parser
@@ -104,7 +111,12 @@ def _environment_text() -> str:
 
 def _explain(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     names = [options.op] if options.op else sorted(OPS)
-    return max(_explain_one(OPS[name], options, parser) for name in names)
+    status = 0
+    for i, name in enumerate(names):
+        if i:
+            print()
+        status = max(status, _explain_one(OPS[name], options, parser))
+    return status
 
 
 def _explain_one(op: Op, options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
@@ -114,8 +126,9 @@ def _explain_one(op: Op, options: argparse.Namespace, parser: argparse.ArgumentP
     given = {**sizes, **dict(zip(sizes, options.shape, strict=False))}
     try:
         arguments = _example(op.name)(torch.device(options.device), **given)
-        print(", ".join(f"{name}={size}" for name, size in given.items()))
-        print(explain(op, *arguments, backend=options.backend))
+        text = explain(op, *arguments, backend=options.backend)
+        sizes_text = ", ".join(f"{name}={size}" for name, size in given.items())
+        print(f"{sizes_text}: {describe(op.check(*arguments))}", text, sep="\n")
     except ValueError as error:
         print(error, file=sys.stderr)
         return 1

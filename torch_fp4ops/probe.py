@@ -2,7 +2,7 @@
 
 A library's kernel may be absent for a GPU and still launch: it then leaves its output as it was, without an error. So
 a foreign backend's first call is preceded by a tiny one into poisoned memory, compared with the reference. That
-happens once per process, op, backend and device; the verdict is kept.
+happens once per process, op, backend, device and part of the backend; the verdict is kept.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ __all__ = ["OFFLINE_VARIABLE", "Probed", "prepare", "probe"]
 
 OFFLINE_VARIABLE = "TORCH_FP4OPS_OFFLINE"
 _PASSED = ""
-_verdicts: dict[tuple[str, str, torch.device], str] = {}  # reason, or _PASSED
+_verdicts: dict[tuple[str, str, torch.device, str], str] = {}  # reason, or _PASSED
 _lock = threading.RLock()
 
 
@@ -40,16 +40,20 @@ class Probed:
             nothing. Only a call that names the backend, or :func:`prepare`, sets that off; ``auto`` never does.
         tolerance: relative (Frobenius) error that floating-point outputs may have. Of quantised bytes 1% may differ:
             a kernel that rounds otherwise at ties passes, one that does something else does not.
+        part: which part of a backend a call uses, where one name stands for kernels of several kinds: each is probed
+            on a sample of its own. None: there is one.
     """
 
     first_use: Callable[[torch.device], str | None] = lambda device: None
     tolerance: float = 0.02
+    part: Callable[[Call], str] | None = None
 
     def why_not(self, op: Op, backend: str, call: Call, *, named: bool, launch: bool) -> str | None:
-        verdict = _verdicts.get((op.name, backend, call.device))
+        key = (op.name, backend, call.device, "" if self.part is None else self.part(call))
+        verdict = _verdicts.get(key)
         if verdict is not None:
             return verdict or None
-        return self._first_time(op, backend, call.device, named) if launch else self._obstacle(call.device, named)
+        return self._first_time(op, key, named) if launch else self._obstacle(call.device, named)
 
     def _obstacle(self, device: torch.device, named: bool) -> str | None:
         work = self.first_use(device)
@@ -61,7 +65,8 @@ class Probed:
             return f"its first use would {work}: naming the backend, or torch_fp4ops.probe.prepare, has that done"
         return None
 
-    def _first_time(self, op: Op, backend: str, device: torch.device, named: bool) -> str | None:
+    def _first_time(self, op: Op, key: tuple[str, str, torch.device, str], named: bool) -> str | None:
+        _, backend, device, part = key
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return (
                 "it has not been probed yet, which can't happen while a CUDA graph is being captured: "
@@ -71,17 +76,16 @@ class Probed:
         if obstacle is not None:
             return obstacle
         with _lock:
-            key = (op.name, backend, device)
             if key not in _verdicts:
-                _verdicts[key] = probe(op, backend, device, self.tolerance) or _PASSED
+                _verdicts[key] = probe(op, backend, device, self.tolerance, part) or _PASSED
             return _verdicts[key] or None
 
 
 def prepare(op: Op | str, backend: str, device: torch.device | str = "cuda") -> str | None:
-    """Do now what a foreign backend's first call would: build, load and probe it. For before a capture.
+    """Do now what a foreign backend's first calls would: build, load and probe it. For before a capture.
 
     Returns:
-        Why the backend may not run, None if it may (own backends always).
+        Why the backend, or a part of it, may not run, None if all of it may (own backends always).
 
     Raises:
         ValueError: the op or backend does not exist.
@@ -99,11 +103,20 @@ def prepare(op: Op | str, backend: str, device: torch.device | str = "cuda") -> 
     accepted = _accepted(op, backend, device)
     if isinstance(accepted, str):
         return accepted
-    return found.trust.why_not(op, found.name, accepted[1], named=True, launch=True)
+    reasons = []
+    for part, (_, call) in accepted.items():
+        reason = found.trust.why_not(op, found.name, call, named=True, launch=True)
+        if reason is not None:
+            reasons.append(f"{part}: {reason}" if part else reason)
+    return "; ".join(reasons) or None
 
 
-def probe(op: Op, backend: str, device: torch.device, tolerance: float = 0.02) -> str | None:
+def probe(op: Op, backend: str, device: torch.device, tolerance: float = 0.02, part: str = "") -> str | None:
     """Run a backend on the largest of the op's samples that it takes, in poisoned memory, against the reference.
+
+    Args:
+        op, backend, device: what is probed, and where.
+        tolerance, part: see :class:`Probed`; only samples of the part count.
 
     Returns:
         What is wrong, None if nothing is. Nothing is cached, and nothing but ``unsupported`` is asked first.
@@ -111,7 +124,9 @@ def probe(op: Op, backend: str, device: torch.device, tolerance: float = 0.02) -
     accepted = _accepted(op, backend, device)
     if isinstance(accepted, str):
         return f"can't be probed: {accepted}"
-    sample, _ = accepted
+    if part not in accepted:
+        return "can't be probed: the op has no sample for it"
+    sample, _ = accepted[part]
     found = op.find_backend(backend, "probe")
     with torch.no_grad(), _poisoned():
         try:
@@ -137,21 +152,24 @@ def _tensors(tree: object) -> list[Tensor]:
     return [t for t in tree_leaves(tree) if isinstance(t, Tensor)]
 
 
-def _accepted(op: Op, backend: str, device: torch.device) -> tuple[Sample, Call] | str:
-    """The op's largest finite sample that the backend takes, and its call; or why it takes none."""
-    unsupported = op.find_backend(backend, "probe").unsupported
-    best: tuple[Sample, Call] | None = None
-    size, reason = 0, "the op has no sample for it"
+def _accepted(op: Op, backend: str, device: torch.device) -> dict[str, tuple[Sample, Call]] | str:
+    """By part, the op's largest finite sample that the backend takes, and its call; or why it takes none."""
+    found = op.find_backend(backend, "probe")
+    part_of = getattr(found.trust, "part", None)
+    best: dict[str, tuple[Sample, Call]] = {}
+    sizes: dict[str, int] = {}
+    reason = "the op has no sample for it"
     for sample in samples(op, device):
         call = op.check(*sample.args, **sample.kwargs)
-        why = unsupported(call)
+        why = found.unsupported(call)
         if why is not None:
             reason = why
             continue
         tensors = _tensors((sample.args, sample.kwargs))
-        elements = sum(t.numel() for t in tensors)
-        if elements > size and all(bool(t.float().isfinite().all()) for t in tensors if t.is_floating_point()):
-            best, size = (sample, call), elements
+        elements, part = sum(t.numel() for t in tensors), "" if part_of is None else part_of(call)
+        finite = all(bool(t.float().isfinite().all()) for t in tensors if t.is_floating_point())
+        if elements > sizes.get(part, 0) and finite:
+            best[part], sizes[part] = (sample, call), elements
     return best or reason
 
 

@@ -282,13 +282,13 @@ class Op:
             f"allowed: {', '.join(map(repr, [*names, *self.unimportable]))}"
         )
 
-    def why_not(self, name: str, call: Call) -> str | None:
-        """Why the backend can't take the call here and now, None if it can. Launches nothing: a foreign backend that
-        was not probed yet counts as right, one that would have to be compiled first can't."""
+    def why_not(self, name: str, call: Call, *, launch: bool = False) -> str | None:
+        """Why the backend can't take the call here and now, None if it can. One that would have to be compiled first
+        can't. A foreign one that was not probed yet counts as right, or is probed now with ``launch``."""
         backend = self.find_backend(name, "auto")
         reason = backend.unsupported(call)
         if reason is None and backend.trust is not None:
-            reason = backend.trust.why_not(self, backend.name, call, named=False, launch=False)
+            reason = backend.trust.why_not(self, backend.name, call, named=False, launch=launch)
         return reason
 
     def run_backend(self, name: str, *args: Any, **kwargs: Any) -> Any:

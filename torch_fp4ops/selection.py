@@ -76,16 +76,16 @@ class Decision:
 _REFERENCE = Decision("reference")
 
 
-def parse_overrides(text: str) -> dict[str, str]:
+def parse_overrides(text: str, source: str = ENVIRONMENT_VARIABLE) -> dict[str, str]:
     """``"mm_fp4=triton,*=flashinfer"`` as a dict; a lone name means every op.
 
-    Raises ValueError on an entry without a name on either side.
+    Raises ValueError that names ``source`` on an entry without a name on either side.
     """
     overrides = {}
     for entry in filter(None, (part.strip() for part in text.split(","))):
         op_name, separator, backend = (part.strip() for part in entry.rpartition("="))
         if not backend or (separator and not op_name):
-            raise ValueError(f"{ENVIRONMENT_VARIABLE}: {entry!r} is not of the form op=backend or backend")
+            raise ValueError(f"{source}: {entry!r} is not of the form op=backend or backend")
         overrides[op_name or "*"] = backend
     return overrides
 
@@ -195,7 +195,8 @@ def _known_or_auto(op: Op, name: str) -> str:
 
 
 def explain(op: Op | str | Any, *args: Any, **kwargs: Any) -> str:
-    """A few lines of text: which backend the op would take for these arguments, and why not each other one.
+    """A few lines of text: which backend the op would take for these arguments, why not each other one, and what the
+    preferences of ``"auto"`` rest on.
 
     ``op`` is a name or the op itself. The arguments are the op's own; they are checked as the op would check them,
     and nothing is launched. Given what ``record_decisions`` or ``piecewise`` (of ``torch_fp4ops.cuda_graphs``)
@@ -213,18 +214,51 @@ def explain(op: Op | str | Any, *args: Any, **kwargs: Any) -> str:
             raise ValueError(f"explain: there is no op {op!r}; the ops are {', '.join(sorted(OPS))}")
         op = OPS[op]
     call = op.check(*args, **kwargs)
+    title, chosen, named = f"{op.name} on {_described(call.device)}", "", True
     try:
         decision = choose(op, call, launch=False)
-        chosen = decision.backend
-        lines = [f"{op.name} on {call.device}: {chosen} (decided by {decision.decided_by})"]
+        chosen, named = decision.backend, decision.decided_by != "auto"
+        lines = [f"{title}: {chosen} (decided by {decision.decided_by})", *_of_foreign_code(op, chosen, call)]
     except (BackendUnavailable, ValueError) as error:
-        chosen = ""
-        lines = [f"{op.name} on {call.device}: none. {error}"]
+        lines = [f"{title}: none. {error}"]
+    others: dict[str, list[str]] = {}
     for name in op.backend_names():
-        if name == chosen:
-            continue
-        reason = op.why_not(name, call)
-        lines.append(f"  {name}: {'can take it, not preferred here' if reason is None else reason}")
-    for row in op.preferences_on(call.device):
-        lines.append(f"  preference: {row.backend}, because {row.because}")
+        if name != chosen:
+            others.setdefault(op.why_not(name, call) or _able(op, name, call, named), []).append(name)
+    lines += [f"  {', '.join(names)}: {reason}" for reason, names in others.items()]
+    rows = op.preferences_on(call.device)
+    lines += [f"  preference {i}: {row.backend}, because {row.because}" for i, row in enumerate(rows, 1)]
+    if not rows:
+        lines.append(f"  no preference for {call.device.type}: auto takes the reference")
     return "\n".join(lines)
+
+
+def _described(device: torch.device) -> str:
+    if device.type != "cuda" or torch.version.hip is not None:
+        return str(device)
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"{device} (compute capability {major}.{minor})"
+
+
+def _of_foreign_code(op: Op, chosen: str, call: Call) -> list[str]:
+    """What the first call of a chosen backend does beside its work, if that is another library's."""
+    trust = op.find_backend(chosen, "explain").trust
+    if trust is None:
+        return []
+    obstacle = trust.why_not(op, chosen, call, named=False, launch=False)
+    return ["  probed against the reference before its first use", *([f"  {obstacle}"] if obstacle else [])]
+
+
+def _able(op: Op, name: str, call: Call, named: bool) -> str:
+    """Why a backend that can take the call is not chosen."""
+    if named:
+        return "can take it; another one is named"
+    if name == "reference":
+        return "can take it; what auto ends at"
+    for row in op.preferences:
+        if row.backend == name and row.device_type == call.device.type:
+            if row.holds_on(call.device):
+                return "can take it; comes later in the preferences"
+            assert row.capability is not None
+            return f"can take it; preferred from compute capability {row.capability[0]}.{row.capability[1]} on"
+    return "can take it; no preference for it here"

@@ -26,7 +26,7 @@ def gpu_samples(name: str) -> list[Sample]:
 def able(name: str, sample: Sample) -> list[str]:
     op = OPS[name]
     call = op.check(*sample.args, **sample.kwargs)
-    return [b for b in op.backend_names() if op.why_not(b, call) is None]
+    return [b for b in op.backend_names() if op.why_not(b, call, launch=True) is None]
 
 
 def call(name: str, sample: Sample, backend: str) -> list[Tensor]:

@@ -178,6 +178,7 @@ def adapter(
     *,
     exact: bool = True,
     tolerance: float = 0.02,
+    part: Callable[[Call], str] | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register the decorated adapter as a backend for each kernel, and as "flashinfer" for the one that ``pick`` says.
 
@@ -187,12 +188,12 @@ def adapter(
         unsupported: why the kernel of that name can't take a call that passed the checks here.
         pick: see :data:`Pick`.
         exact: whether quantised bytes equal the reference's.
-        tolerance: of the probe.
+        tolerance, part: of the probe.
     """
 
     def register(run: Callable[..., Any]) -> Callable[..., Any]:
         for name, kernel in kernels.items():
-            trust = Probed(kernel.first_use, tolerance)
+            trust = Probed(kernel.first_use, tolerance, part)
             op.backend(name, unsupported=_checks(kernel, name, unsupported), trust=trust, exact=exact)(run)
         if pick is not None:
             checks = {name: _checks(kernel, name, unsupported) for name, kernel in kernels.items()}
@@ -204,7 +205,7 @@ def adapter(
             def first_use(device: torch.device) -> str | None:
                 return kernels[pick(capability_of(device), None)].first_use(device)
 
-            trust = Probed(first_use, tolerance)
+            trust = Probed(first_use, tolerance, part)
             op.backend("flashinfer", unsupported=unsupported_by_picked, trust=trust, exact=exact)(run)
         return run
 

