@@ -173,6 +173,46 @@ def nvfp4_kv_quantize_store(tokens: int, heads: int, dim: int, kv_layout: str = 
     return Case("nvfp4_kv_quantize_store", kv_layout, tokens, heads, dim, total, 0, build, **more)
 
 
+def _paged(g: torch.Generator, batch: int, tokens: int, heads: int, dim: int) -> tuple[Tensor, ...]:
+    """Full sequences on shuffled pages (NHD). Block scales are 1/2 and 1, so that E4M3, too, holds all values."""
+    pages = -(-tokens // shapes.KV_PAGE)
+    shape = (batch * pages, shapes.KV_PAGE, heads)
+    codes = [inputs.random_bytes(g, *shape, dim // 2) for _ in "kv"]
+    scales = [inputs.random_bytes(g, *shape, dim // 16, high=2) * 8 + 0x30 for _ in "kv"]
+    tables = torch.randperm(batch * pages, generator=g, device=g.device).int().view(batch, pages)
+    lengths = torch.full((batch,), tokens, dtype=torch.int32, device=g.device)
+    one = inputs.one(g.device)
+    return (*codes, *scales, tables, lengths, one, one.clone())
+
+
+def _paged_bytes(batch: int, tokens: int, heads: int, dim: int) -> int:
+    """What is read of a paged cache: codes and scales, page table, lengths and global scales."""
+    pages = -(-tokens // shapes.KV_PAGE)
+    return 2 * inputs.packed_bytes("nvfp4", batch * tokens * heads, dim, "linear") + 4 * batch * (pages + 1) + 8
+
+
+def nvfp4_kv_dequantize_paged(batch: int, tokens: int, heads: int, dim: int, **more: Any) -> Case:
+    """In the names m is sequences, n the tokens of each and k the head dimension."""
+
+    def build(device: torch.device, g: torch.Generator) -> Sample:
+        return Sample("", _paged(g, batch, tokens, heads, dim))
+
+    total = _paged_bytes(batch, tokens, heads, dim) + 2 * 2 * batch * tokens * heads * dim
+    return Case("nvfp4_kv_dequantize_paged", f"NHD-kv{heads}", batch, tokens, dim, total, 0, build, **more)
+
+
+def fp4_kv_attention_decode(batch: int, tokens: int, q_heads: int, heads: int, dim: int, **more: Any) -> Case:
+    """In the names m is sequences, n the tokens of each and k the head dimension."""
+
+    def build(device: torch.device, g: torch.Generator) -> Sample:
+        return Sample("", (inputs.normal(g, batch, q_heads, dim), *_paged(g, batch, tokens, heads, dim)))
+
+    total = _paged_bytes(batch, tokens, heads, dim) + 2 * 2 * batch * q_heads * dim
+    flops = 2 * 2 * batch * q_heads * tokens * dim
+    family = f"nvfp4-q{q_heads}-kv{heads}"
+    return Case("fp4_kv_attention_decode", family, batch, tokens, dim, total, flops, build, **more)
+
+
 # GEMMs
 
 
@@ -254,6 +294,7 @@ def quick_cases() -> list[Case]:
     found += [make(m, k, compiled=m > 1) for make in _FUSED for m, k in shapes.QUICK_QUANTIZE]
     found += [nvfp4_kv_quantize(65536, 128), nvfp4_kv_dequantize(65536, 128)]
     found += [nvfp4_kv_quantize_store(64, 8, 128), nvfp4_kv_quantize_store(4096, 8, 128)]
+    found += [nvfp4_kv_dequantize_paged(16, 4096, 8, 128), fp4_kv_attention_decode(64, 8192, 32, 8, 128)]
     found += [make(*mnk) for make in (mm_bf16_fp4, mm_fp4, mm_mxfp8) for mnk in shapes.QUICK_GEMMS]
     found += [cutlass_fused_moe(tokens, "gpt-oss-120b") for tokens in (8, 256)]
     return _with_examples(found)
@@ -267,6 +308,7 @@ def cpu_cases(quick: bool = False) -> list[Case]:
     found += [make(128, 4096) for make in (_mxfp4, fp4_dequantize, mxfp8_quantize, mxfp8_dequantize)]
     found += [make(128, 1024, compiled=True) for make in _FUSED]
     found += [nvfp4_kv_quantize(1024, 128), nvfp4_kv_dequantize(1024, 128), nvfp4_kv_quantize_store(64, 8, 128)]
+    found += [nvfp4_kv_dequantize_paged(2, 64, 2, 128), fp4_kv_attention_decode(2, 64, 4, 2, 128)]
     return found + [make(*mnk) for make in (mm_bf16_fp4, mm_fp4, mm_mxfp8) for mnk in shapes.SMALL_GEMMS]
 
 
@@ -300,7 +342,11 @@ def _full() -> Iterator[Case]:
     for m, k in shapes.KV_READS:
         yield nvfp4_kv_quantize(m, k)
         yield nvfp4_kv_dequantize(m, k)
-    for tokens, heads, dim in shapes.KV_APPENDS:
+    for sequences in shapes.KV_SEQUENCES:
+        yield nvfp4_kv_dequantize_paged(*sequences)
+    for attention in shapes.KV_ATTENTION:
+        yield fp4_kv_attention_decode(*attention)
+    for tokens, heads, dim in (*shapes.KV_APPENDS, *shapes.KV_DECODE_APPENDS):
         yield nvfp4_kv_quantize_store(tokens, heads, dim)
     yield nvfp4_kv_quantize_store(4096, 8, 128, "HND")
     yield from _gemms()

@@ -215,7 +215,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", metavar="FILE", help="write the rows as CSV, each as soon as it is there")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16], help="sequences in a step")
     parser.add_argument("--weights", nargs="+", choices=WEIGHTS, default=list(WEIGHTS))
-    parser.add_argument("--backend", default="triton", help="of the NVFP4 model's ops (default: triton)")
+    parser.add_argument("--backend", default="auto", help="of the NVFP4 model's ops (default: auto)")
     parser.add_argument("--no-ops", action="store_true", help="leave out the eager calls of each op")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     for name in SIZES:

@@ -285,7 +285,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--weights", nargs="+", choices=WEIGHTS, default=["nvfp4-w4a16"])
     parser.add_argument("--batches", type=int, nargs="+", default=[1])
     parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--backend", default="triton", help="of the NVFP4 model's ops (default: triton)")
+    parser.add_argument("--backend", default="auto", help="of the NVFP4 model's ops (default: auto)")
     parser.add_argument("--profile", action="store_true", help="print the host's profiles of every setting")
     parser.add_argument("--out", metavar="FILE", help="write the rows as CSV")
     return parser

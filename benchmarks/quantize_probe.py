@@ -225,11 +225,12 @@ def sweep_kv_store(rate: float) -> None:
             caches = [torch.empty(n // 16 + 1, 16, 8, d, device="cuda", dtype=torch.uint8) for d in (64, 64, 8, 8)]
             sets.append((key, value, torch.randperm(n, device="cuda"), *caches, scale, scale))
         times = {}
-        for threads, C in itertools.product((32, 64, 128, 256), (32, 64)):
+        for threads, C, iters in itertools.product((32, 64, 128, 256), (32, 64), (1, 2, 4)):
             if threads >= C:
-                module.tiling = lambda n, cols, tile=(threads // C, C): tile
+                tile = (threads // C, C, iters)
+                module.tiling = lambda n, cols, tile=tile: tile
                 calls = [partial(module.nvfp4_kv_quantize_store_triton, *arguments) for arguments in sets]
-                times[threads // C, C] = microseconds(calls)
+                times[tile] = microseconds(calls)
         module.tiling = shipped
         best = sorted(times.items(), key=lambda item: item[1])
         line = " | ".join(f"{tile} {us:.2f}" for tile, us in best[:3])

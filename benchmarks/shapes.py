@@ -77,6 +77,21 @@ FLUX_WEIGHTS = (
 # (tokens, heads, head dimension): what is appended to a cache, or read from it.
 KV_APPENDS = ((1, 8, 128), (64, 8, 128), (512, 8, 128), (4096, 8, 128), (16384, 8, 128), (4096, 8, 64))
 KV_PAGE = 16
+KV_DECODE_APPENDS = ((16, 8, 128), (256, 8, 128))  # a token of each sequence
+# (sequences, tokens of each, heads, head dimension): what is read out of pages.
+KV_SEQUENCES = ((1, 32768, 8, 128), (16, 4096, 8, 128), (64, 8192, 8, 128), (16, 4096, 8, 64))
+# (sequences, tokens of each, query heads, kv heads, head dimension)
+KV_ATTENTION = (
+    (1, 32768, 32, 8, 128),
+    (1, 131072, 32, 8, 128),
+    (16, 4096, 32, 8, 128),
+    (64, 8192, 32, 8, 128),
+    (64, 32768, 32, 8, 128),
+    (256, 2048, 32, 8, 128),
+    (64, 8192, 64, 8, 128),
+    (64, 8192, 64, 8, 64),
+    (64, 8192, 16, 8, 256),
+)
 KV_READS = ((1024, 128), (65536, 128), (1048576, 128), (65536, 1024))  # (rows, K)
 
 # name -> (hidden, intermediate, local experts, top-k). GPT-OSS 120B has 2880, padded for the interleaved layout's

@@ -79,6 +79,8 @@ class Expected:
                 assert_matmul_close(out[rows], a[rows], b, alpha)
         elif self.case.op == "cutlass_fused_moe":
             self._check_moe(out)
+        elif self.case.op == "fp4_kv_attention_decode":
+            self._check_attention(out)
         else:
             for i, (given, wanted) in enumerate(zip(tensors(out, sample), self.outputs, strict=True)):
                 if not _same(given, wanted):
@@ -92,6 +94,9 @@ class Expected:
             error = float((out.float() - exact).norm() / exact.norm())
             assert error <= PEER_ERROR, f"relative error {error:.2g}"
             return f"relative error {error:.1g}"
+        if self.case.op == "fp4_kv_attention_decode":
+            self._check_attention(out)
+            return ""
         wanted = self.outputs
         given = tensors(out, Sample("", ()))
         differing = total = 0
@@ -127,6 +132,14 @@ class Expected:
         assert_close = importlib.import_module(f"{OPS[self.case.op].__module__}.samples").assert_close
         few = (x[tokens], local_ids.int(), final[tokens], fc1[used], fc2[used], dtype, [s[used] for s in scales])
         assert_close(out[tokens], *few, **self.sample.kwargs)
+
+    def _check_attention(self, out: Tensor) -> None:
+        """Some sequences within the oracle's bound: float64 keys and values of all would not fit."""
+        q, *caches, tables, lengths, k_scale, v_scale = self.sample.args
+        assert_close = importlib.import_module(f"{OPS[self.case.op].__module__}.samples").assert_close
+        for i in sorted({0, len(q) // 2, len(q) - 1}):
+            one = slice(i, i + 1)
+            assert_close(out[one], q[one], *caches, tables[one], lengths[one], k_scale, v_scale)
 
 
 _VALUES: dict[str, Callable[..., tuple[Tensor, Tensor | None]]] = {

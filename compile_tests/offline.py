@@ -66,6 +66,9 @@ def compile_case(case: Any, target: str, listing: bool = False) -> Compiled:
     from torch_fp4ops.ops._triton_launch import LAUNCH_OPTIONS
 
     gpu = GPUTarget(*TARGETS[target])
+    if gpu.backend == "hip" and case.on_hip is not None:
+        constants, threads = case.on_hip
+        case = case._replace(constants=constants, threads=threads)
     names = case.kernel.arg_names
     signature = {name: case.signature.get(name, "constexpr") for name in names}
     whole = [signature[name].startswith("*") or name in case.multiples_of_16 for name in names]

@@ -19,6 +19,8 @@ PAGES, PAGE, KV_HEADS, DIM = 64, 16, 2, 64
 LAST = (DIM // 2, DIM // 2, DIM // 16, DIM // 16)  # of keys, values and the scales of each
 SHAPES = [(PAGES, PAGE, KV_HEADS, last) for last in LAST]
 SCALE = torch.tensor([5 / 2688])
+TABLES = torch.tensor([[0, 4], [4, 63]], dtype=torch.int32)
+LENGTHS = torch.tensor([1, 20], dtype=torch.int32)
 
 
 def zeros(*shape: int) -> Tensor:
@@ -62,6 +64,14 @@ def as_arguments(key, slots, *caches):
     return key + 1
 
 
+def attended(key, slots, *caches):
+    """A decoding step: both ops that read take the caches as the store left them."""
+    store(key * 2, key * 3, slots, *caches)
+    keys, _ = torch.ops.fp4.nvfp4_kv_dequantize_paged(*caches, TABLES, LENGTHS, SCALE, SCALE, max_seq_len=20)
+    q = keys[:, 0].repeat(1, 2, 1) + 1
+    return torch.ops.fp4.fp4_kv_attention_decode(q, *caches, TABLES, LENGTHS, SCALE, SCALE, window_left=8)
+
+
 def read_before_and_after(key, slots, *caches):
     before = caches[0][0].sum()
     store(key * 2, key * 3, slots, *caches)
@@ -90,6 +100,7 @@ def everything_in_a_page(key, slots, pages):
 HOLDERS = {
     "buffers": Attention,
     "buffers in a list": lambda: Holder(as_arguments, SHAPES),
+    "attended": lambda: Holder(attended, SHAPES),
     "read before and after": lambda: Holder(read_before_and_after, SHAPES),
     "layers of one tensor": lambda: Holder(layers_of_one_tensor, [(3, *s) for s in SHAPES]),
     "keys beside values": lambda: Holder(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch_fp4ops.testing import Sample
 
 from ..cases import Case
 from ..verify import Expected
-from ._peer import Peer, Prepared, Unsuitable, imported
+from ._peer import Peer, Prepared, Run, Unsuitable, imported
 
 
 def _compiled_reference(case: Case, samples: Sequence[Sample], expected: Expected) -> Prepared:
@@ -52,6 +52,34 @@ def _norm_pair(x: Tensor, weight: Tensor, scale: Tensor | None, **flags: Any) ->
 
 
 _PAIRS = {"silu_and_mul_fp4_quantize": _silu_pair, "rms_norm_fp4_quantize": _norm_pair}
+
+
+def _other_cache(fmt: str, dtype: torch.dtype) -> Callable[[Case, Sequence[Sample], Expected], Prepared]:
+    def prepare(case: Case, samples: Sequence[Sample], expected: Expected) -> Prepared:
+        """The op's own kernels over a paged cache of the same values in another format: what FP4 saves."""
+        attend = imported("torch_fp4ops.ops.fp4_kv_attention_decode.triton").attend
+
+        def closure(sample: Sample) -> Run:
+            q, *cache, _, _ = sample.args
+            tables, lengths = cache[4:]
+            page = cache[0].shape[1]
+            dense = OPS["nvfp4_kv_dequantize_paged"](*sample.args[1:], output_dtype=dtype)
+            caches = tuple(t.view(-1, page, *t.shape[2:]) for t in dense)
+            order = torch.arange(tables.numel(), dtype=torch.int32, device=q.device)
+            order = order[torch.randperm(len(order), device=q.device)]
+            caches = tuple(torch.empty_like(t).index_copy_(0, order.long(), t) for t in _as_bytes(caches))
+            scale = q.shape[2] ** -0.5
+            rows = order.view(tables.shape)
+            return lambda: attend(q, caches, None, rows, lengths, (None, None), "NHD", scale, -1, None, fmt)
+
+        # Sets of a larger format: fewer make the same footprint.
+        return Prepared([closure(s) for s in samples[: max(1, len(samples) // 2)]])
+
+    return prepare
+
+
+def _as_bytes(caches: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return tuple(t.view(torch.uint8) for t in caches)
 
 
 def flashinfer(case: Case, samples: Sequence[Sample], expected: Expected) -> Prepared:
@@ -118,6 +146,8 @@ _DEQUANTIZED = ("fp4_dequantize", "mxfp8_dequantize", "nvfp4_kv_dequantize")
 QUANTIZERS = (
     Peer("torch.compile", (*_QUANTIZED, *_DEQUANTIZED), _compiled_reference, needs_gpu=False),
     Peer("flashinfer-direct", (*_QUANTIZED, "nvfp4_kv_dequantize"), flashinfer),
+    Peer("attend-bf16-cache", ("fp4_kv_attention_decode",), _other_cache("plain", torch.bfloat16)),
+    Peer("attend-e4m3-cache", ("fp4_kv_attention_decode",), _other_cache("e4m3", torch.float8_e4m3fn)),
     Peer("unfused", tuple(_PAIRS), _unfused, needs_gpu=False),
     Peer("unfused-compiled", tuple(_PAIRS), _unfused_compiled, needs_gpu=False),
     Peer("gemlite", ("fp4_quantize",), _gemlite),

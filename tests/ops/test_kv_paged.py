@@ -21,8 +21,8 @@ from torch_fp4ops.ops.nvfp4_kv_dequantize_paged.samples import FORMATS, paged
 from torch_fp4ops.testing import assert_same_bytes
 from torch_fp4ops.testing.samples import values
 
+from .paged_caches import Case, cases
 from .rejections import assert_rejected, assert_rejected_by_contract
-from .test_triton_kv import Case, cases
 
 NAMES = ("k_cache", "v_cache", "k_cache_sf", "v_cache_sf", "block_tables", "seq_lens", "k_scale", "v_scale")
 

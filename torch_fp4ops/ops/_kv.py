@@ -34,6 +34,12 @@ def heads_of(cache: Tensor, kv_layout: str) -> int:
     return cache.shape[2 if kv_layout == "NHD" else 1]
 
 
+def strides(cache: Tensor, kv_layout: str) -> tuple[int, int, int]:
+    """From page to page, entry to entry and head to head; 0 where there is but one."""
+    page, a, b, _ = (s if d > 1 else 0 for s, d in zip(cache.stride(), cache.shape, strict=True))
+    return (page, a, b) if kv_layout == "NHD" else (page, b, a)
+
+
 def require_caches(call: Call, heads: int, dim: int, fmt: BlockFormat) -> None:
     """Four caches of one number of pages and entries, for so many heads of so many values."""
     call.require_rank("k_cache", 4)

@@ -71,6 +71,8 @@ class AotCase(NamedTuple):
     threads: int
     multiples_of_16: tuple[str, ...] = ()
     max_registers: int | None = None
+    on_hip: tuple[dict[str, Any], int] | None = None
+    """Constants and threads on ROCm, where those differ."""
 
 
 def why_not(call: Call) -> str | None:

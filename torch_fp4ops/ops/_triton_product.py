@@ -3,7 +3,8 @@
 A kernel that decodes while it multiplies reads the fewest bytes, which is what counts where rows are few. With many
 rows each weight is decoded again for every tile of rows; there, before compute capability 10.0, it is faster to decode
 both sides to 16 bits once and leave the product to cuBLAS, with an fp32 result that alpha multiplies and that is
-rounded once.
+rounded once. On compute capability 9.0 an NVFP4 weight is brought into the layout "hopper" instead, which moves less
+than half the bytes, for the kernel of ``_hopper_gemm``, which multiplies by alpha before it rounds.
 
 The decoding is exact: E2M1 times E4M3 has 6 significant bits and E2M1 or E4M3 times a power of two at most 4. Only
 MXFP8 blocks whose scale is below 2^-124 lose bits that bfloat16 has no place for.
@@ -15,9 +16,13 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from ..formats import FORMATS
+from ..formats import FORMATS, NVFP4
+from ..hopper_layout import hopper_size
+from ._hopper_launch import product as hopper_product
+from ._hopper_launch import unavailable as hopper_unavailable
 from ._triton_dequantize import dequantize_rows
 from ._triton_gemm_launch import PLAIN, Operand, architecture, matmul, multiplied_as
+from ._triton_hopper_pack import pack_hopper
 from ._triton_launch import INTERPRETED
 
 __all__ = ["product"]
@@ -34,6 +39,10 @@ def product(a: Operand, b: Operand, out: Tensor, alpha: Tensor | None = None) ->
     if dtype is None or not _decodes_first(out):
         matmul(a, b, out, alpha)
         return
+    if _packs_first(b, out):
+        weight, scale = _packed(b)
+        hopper_product(_decoded(a, dtype), weight, scale, FORMATS[b.format], out, alpha)
+        return
     a_decoded, b_decoded = _decoded(a, dtype), _decoded(b, dtype).t()
     if alpha is None and out.dtype == dtype:
         torch.mm(a_decoded, b_decoded, out=out)
@@ -49,6 +58,20 @@ def _decodes_first(out: Tensor) -> bool:
     if INTERPRETED or out.device.type != "cuda" or torch.version.hip is not None:
         return False
     return out.shape[0] > _DECODE_FIRST_ROWS and out.numel() > 0 and architecture(out.device) in ("sm80", "sm90")
+
+
+def _packs_first(b: Operand, out: Tensor) -> bool:
+    # Of an MX weight the layout does not hold every scale.
+    return b.format == NVFP4.name and out.shape[1] % 128 == 0 and hopper_unavailable(out.device) is None
+
+
+def _packed(b: Operand) -> tuple[Tensor, Tensor]:
+    n, k = hopper_size(b.elements.shape[0], b.k)
+    weight = torch.empty(n, k // 2, dtype=torch.uint8, device=b.elements.device)
+    scale = torch.empty(n, k // NVFP4.block_size, dtype=torch.uint8, device=b.elements.device)
+    assert b.scales is not None
+    pack_hopper(b.elements, b.scales, NVFP4, b.layout, weight, scale)
+    return weight, scale
 
 
 def _decoded(operand: Operand, dtype: torch.dtype) -> Tensor:

@@ -112,7 +112,8 @@ def attention_and_bound(
     * A weight is ``exp2`` of that, off by 4e. Weights of earlier tokens are multiplied again whenever the maximum
       grows, at most once for 16 tokens, 4e each time, and 2e for the whole way that the maximum goes.
     * If weights are off by the factors ``1 + x_t``, the weighted mean is by at most ``2 A max|x_t|``.
-    * For the product with v a weight is rounded to the output's dtype. It is at most 1, the largest one is 1.
+    * For the product with v a weight is rounded to the output's dtype. It is at most 1, the largest one is 1. Weights
+      below 2^-126 may be lost.
     * The sums over tokens are off by ``2Ne`` of the sums of magnitudes, above and below the fraction's line.
     * The factors of the end round to 8e together, the output to its dtype.
 
@@ -147,8 +148,9 @@ def attention_and_bound(
     factor = (off + 4 * e * (logits.abs() + largest)).amax(-1, keepdim=True)
     factor = factor + 4 * e * (2 + tokens / 16) + 4 * e * largest
     relative = 2 * factor.expm1() + info.eps / 2 + 4 * tokens * e + 8 * e
-    bound = magnitude * relative + info.smallest_normal * info.eps / 2 * v.abs().sum(-2)
-    bound = bound + info.eps / 2 * (exact.abs() + bound) + info.smallest_normal * info.eps / 2
+    smallest = info.smallest_normal * info.eps / 2
+    bound = magnitude * relative + (smallest + 2.0**-126) * v.abs().sum(-2)
+    bound = bound + info.eps / 2 * (exact.abs() + bound) + smallest
     return exact, torch.where(tokens == 0, 0.0, bound)
 
 

@@ -106,7 +106,7 @@ def cutlass_fused_moe_flashinfer(
     assert mode is not None
     # FlashInfer tells the modes apart by the dtype that payload is viewed as: bytes for W4A16, int64 for the others.
     payload = torch.uint8 if use_w4_group_scaling else torch.int64
-    out: Tensor = _flashinfer.function("cutlass_fused_moe")(
+    outputs: list[Tensor] = _flashinfer.function("cutlass_fused_moe")(
         input=input.contiguous(),
         token_selected_experts=token_selected_experts.int(),
         token_final_scales=token_final_scales.contiguous(),
@@ -133,7 +133,7 @@ def cutlass_fused_moe_flashinfer(
             "cutlass_fused_moe", use_fused_finalize=False, use_wfp4afp8_humming=use_wfp4afp8_humming
         ),
     )
-    return out
+    return outputs[0]  # the others are for its mode of minimal latency
 
 
 def _scale(name: str, t: Tensor) -> Tensor:

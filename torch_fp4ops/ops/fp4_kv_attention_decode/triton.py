@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import triton
@@ -32,9 +33,23 @@ def _why_not(call: Call) -> str | None:
     return why_not(call)
 
 
-def tile_tokens(fmt: str, dim: int) -> int:
-    """Tokens of a tile: as many as a thread has registers for."""
-    return 32
+class Tile(NamedTuple):
+    """BN tokens a tile, the query heads of a kv head padded to ROWS, STAGES of loads, THREADS a program."""
+
+    BN: int
+    ROWS: int
+    STAGES: int
+    THREADS: int
+
+
+def tile_for(fmt: str, dim: int, group: int, on_hip: bool) -> Tile:
+    rows = triton.next_power_of_2(group)
+    if on_hip:
+        return Tile(32, max(16, rows), 1, 256)
+    rows = max(8, rows)
+    # One warp, as long as its registers hold the sums: then weights never leave it.
+    warps = max(dim // 128, dim * rows // 2048, 1)
+    return Tile(16 if fmt == "plain" and dim > 64 else 32, rows, 3, 32 * min(8, warps))
 
 
 @functools.cache
@@ -61,6 +76,7 @@ def attend(
     logits_soft_cap: float | None,
     fmt: str,
     splits: int | None = None,
+    tile: Tile | None = None,
 ) -> Tensor:
     """The kernels over caches of a format: ``"nvfp4"``, ``"mxfp4"``, ``"blockfp4"``, or, without block scales,
     ``"e4m3"`` and ``"plain"`` (q's dtype)."""
@@ -79,6 +95,8 @@ def attend(
     if splits is None:
         splits = splits_for(batch * heads, tokens, _processors(q.device))
     group = q_heads // heads
+    if tile is None:
+        tile = tile_for(fmt, dim, group, torch.version.hip is not None)
     bytes_of = tuple(t.view(torch.uint8) for t in caches)
     aligned, strides = _in_units(bytes_of, kv_layout)
     sf_aligned, sf_strides = (1, (0,) * 6) if cache_scales is None else _in_units(cache_scales, kv_layout)
@@ -89,7 +107,7 @@ def attend(
     launch(
         attend_kernel,
         (batch * splits * heads,),
-        32,
+        tile.THREADS,
         q.device,
         *(q, *bytes_of, *(cache_scales or (None, None)), block_tables, seq_lens.contiguous(), *scales),
         *(out, sums, stats, sm_scale, logits_soft_cap or 0.0, window_left, heads, block_tables.shape[1]),
@@ -97,15 +115,16 @@ def attend(
         FORMAT=fmt,
         D=dim,
         GROUP=group,
-        ROWS=max(8, triton.next_power_of_2(group)),
+        ROWS=tile.ROWS,
         PAGE_SIZE=page,
         WINDOW=window_left >= 0,
         CAP=logits_soft_cap is not None,
+        ALIKE=strides[:3] == strides[3:] and sf_strides[:3] == sf_strides[3:],
         ALIGNED=aligned,
         SF_ALIGNED=sf_aligned,
         SPLITS=splits,
-        BN=tile_tokens(fmt, dim),
-        STAGES=3,
+        BN=tile.BN,
+        STAGES=tile.STAGES,
     )
     if sums is not None:
         constants = {"PER": PER[fmt], "D": dim, "SPLITS": splits, "PADDED": triton.next_power_of_2(splits)}
@@ -120,10 +139,7 @@ PER = {"nvfp4": 8, "mxfp4": 8, "blockfp4": 8, "e4m3": 4, "plain": 2}
 def _in_units(caches: tuple[Tensor, ...], kv_layout: str) -> tuple[int, tuple[int, ...]]:
     """By how many bytes, 16 at most, all rows of byte tensors are aligned, and both tensors' strides in that unit: from
     page to page, entry to entry, head to head."""
-    strides: list[int] = []
-    for cache in caches:
-        page, a, b, _ = (s if d > 1 else 0 for s, d in zip(cache.stride(), cache.shape, strict=True))
-        strides += (page, a, b) if kv_layout == "NHD" else (page, b, a)
+    strides = [s for cache in caches for s in _kv.strides(cache, kv_layout)]
     unit = math.gcd(16, *(t.data_ptr() for t in caches), *strides)
     return unit, tuple(s // unit for s in strides)
 
@@ -166,36 +182,40 @@ def fp4_kv_attention_decode_triton(
 
 
 def aot_cases() -> Iterator[AotCase]:
-    """Formats, head dimensions, dtypes of q; the options together; one and many splits."""
-    for fmt, dim, dtype, options, splits in (
-        ("nvfp4", 128, "bf16", False, 16),
-        ("nvfp4", 64, "bf16", False, 1),
-        ("nvfp4", 256, "bf16", True, 16),
-        ("nvfp4", 128, "fp16", True, 1),
-        ("mxfp4", 128, "bf16", False, 16),
-        ("blockfp4", 64, "bf16", False, 16),
-        ("e4m3", 128, "bf16", False, 16),
-        ("plain", 128, "bf16", False, 16),
+    """Formats, head dimensions, dtypes of q and sizes of groups; the options together; one and many splits."""
+    for fmt, dim, dtype, group, options, splits in (
+        ("nvfp4", 128, "bf16", 4, False, 16),
+        ("nvfp4", 64, "bf16", 8, False, 1),
+        ("nvfp4", 256, "bf16", 16, True, 16),
+        ("nvfp4", 128, "fp16", 32, True, 1),
+        ("mxfp4", 128, "bf16", 4, False, 16),
+        ("blockfp4", 64, "bf16", 4, False, 16),
+        ("e4m3", 128, "bf16", 4, False, 16),
+        ("plain", 128, "bf16", 4, False, 16),
     ):
-        yield _aot_case(fmt, dim, dtype, options, splits)
+        yield _aot_case(fmt, dim, dtype, group, options, splits)
     for dim, splits in ((128, 16), (256, 64)):
         constants = {"PER": 8, "D": dim, "SPLITS": splits, "PADDED": splits}
         signature = {"sums_ptr": "*fp32", "stats_ptr": "*fp32", "out_ptr": "*bf16"}
         yield AotCase(f"kv_combine-D{dim}-{splits}", combine_kernel, signature, constants, 128)
 
 
-def _aot_case(fmt: str, dim: int, dtype: str, options: bool, splits: int) -> AotCase:
+def _aot_case(fmt: str, dim: int, dtype: str, group: int, options: bool, splits: int) -> AotCase:
     kv = "*u8"
     signature = {"q_ptr": f"*{dtype}", "k_ptr": kv, "v_ptr": kv, "table_ptr": "*i32", "length_ptr": "*i32"}
     signature |= {"out_ptr": f"*{dtype}", **dict.fromkeys(NOT_SPECIALIZED, "i32"), "sm_scale": "fp32", "cap": "fp32"}
-    constants = {"FORMAT": fmt, "D": dim, "GROUP": 4, "ROWS": 8, "PAGE_SIZE": 16}
-    constants |= {"WINDOW": options, "CAP": options, "ALIGNED": 16, "SF_ALIGNED": 8 if dim == 128 else 4}
-    constants |= {"SPLITS": splits, "BN": tile_tokens(fmt, dim), "STAGES": 3}
+    constants = {"FORMAT": fmt, "D": dim, "GROUP": group, "PAGE_SIZE": 16, "WINDOW": options, "CAP": options}
+    constants |= {"ALIKE": not options, "ALIGNED": 16, "SF_ALIGNED": 8 if dim == 128 else 4, "SPLITS": splits}
     optional = {"k_sf_ptr": kv, "v_sf_ptr": kv} if PER[fmt] == 8 else {}
     optional |= {"k_scale_ptr": "*fp32", "v_scale_ptr": "*fp32"} if fmt == "nvfp4" else {}
     optional |= {"sums_ptr": "*fp32", "stats_ptr": "*fp32"} if splits > 1 else {}
     signature |= optional
     names = ("k_sf_ptr", "v_sf_ptr", "k_scale_ptr", "v_scale_ptr", "sums_ptr", "stats_ptr")
     constants |= {name: None for name in names if name not in optional}
-    name = f"kv_attend-{fmt}-{dtype}-D{dim}{'-options' * options}-{splits}"
-    return AotCase(name, attend_kernel, signature, constants, 32)
+    (cuda, threads), (hip, hip_threads) = (_constants(tile_for(fmt, dim, group, on_hip)) for on_hip in (False, True))
+    name = f"kv_attend-{fmt}-{dtype}-D{dim}-group{group}{'-options' * options}-{splits}"
+    return AotCase(name, attend_kernel, signature, constants | cuda, threads, on_hip=(constants | hip, hip_threads))
+
+
+def _constants(tile: Tile) -> tuple[dict[str, int], int]:
+    return {"BN": tile.BN, "ROWS": tile.ROWS, "STAGES": tile.STAGES}, tile.THREADS
