@@ -9,6 +9,7 @@ from torch import nn
 from torch_fp4ops import (
     BackendUnavailable,
     cutlass_fused_moe,
+    mm_bf16_fp4,
     mm_fp4,
     mm_mxfp8,
     prepare_fp4_weight,
@@ -16,12 +17,12 @@ from torch_fp4ops import (
     scale_layouts,
 )
 from torch_fp4ops.block_quantization import quantize_mx
-from torch_fp4ops.formats import MXFP4
+from torch_fp4ops.formats import MXFP4, NVFP4
 from torch_fp4ops.ops.fp4_quantize import fp4_quantize
 from torch_fp4ops.ops.mxfp8_quantize import mxfp8_quantize
 from torch_fp4ops.testing import assert_same_bytes
 from torch_fp4ops.testing.samples import values
-from torch_fp4ops.weight_layouts import swap_nibbles, unshuffle_matrix_a, unshuffle_matrix_sf_a
+from torch_fp4ops.weight_layouts import swap_nibbles, unpack_hopper_weight, unshuffle_matrix_a, unshuffle_matrix_sf_a
 
 M, N, K = 5, 40, 160
 SCALE = torch.tensor([300.0])
@@ -35,7 +36,7 @@ def quantized(rows: int, k: int, block: int, swizzled: bool = True):
 
 
 @pytest.mark.parametrize("block", [16, 32])
-@pytest.mark.parametrize("layout", ["plain", "trtllm"])
+@pytest.mark.parametrize("layout", ["plain", "trtllm", "hopper"])
 @pytest.mark.parametrize("nibble_order", ["low_first", "high_first"])
 @pytest.mark.parametrize("scale_layout", ["linear", "128x4", "flat"])
 def test_every_form_of_a_checkpoint_gives_the_same_product(block, layout, nibble_order, scale_layout):
@@ -48,6 +49,10 @@ def test_every_form_of_a_checkpoint_gives_the_same_product(block, layout, nibble
     form = "linear" if scale_layout == "linear" else "128x4"
     weight = prepare_fp4_weight(stored, given, layout, nibble_order, form, block_size=block)
     assert_same_bytes(weight.mm(a, a_sf, alpha).contiguous(), wanted)
+    if layout == "hopper":
+        assert weight.weight.shape == (128, 128) and weight.scale.shape == (128, 256 // block)
+        codes, scales = unpack_hopper_weight(weight.weight, weight.scale, NVFP4 if block == 16 else MXFP4)
+        assert_same_bytes(codes[:N, : K // 2].contiguous(), b)
     if layout == "trtllm":
         assert weight.weight.shape[0] == weight.scale.shape[0] == 128 and weight.scale.shape[1] % 4 == 0
         plain = unshuffle_matrix_a(weight.weight)
@@ -59,7 +64,7 @@ def test_every_form_of_a_checkpoint_gives_the_same_product(block, layout, nibble
         assert not scales[N:].any() and not scales[:, K // block :].any()
 
 
-@pytest.mark.parametrize("layout", ["plain", "trtllm"])
+@pytest.mark.parametrize("layout", ["plain", "trtllm", "hopper"])
 @pytest.mark.parametrize("eight", [False, True])
 def test_mxfp8(layout, eight):
     a, a_sf = mxfp8_quantize(values(M, M, K), sf_swizzle_layout=1 if eight else 0)
@@ -71,13 +76,53 @@ def test_mxfp8(layout, eight):
         weight.mm(a, a_sf, torch.ones(1))
 
 
-def test_rebinding_leaves_one_copy():
+@pytest.mark.parametrize("block", [16, 32])
+@pytest.mark.parametrize("layout", ["plain", "trtllm", "hopper"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_16_bit_activations(block, layout, dtype):
+    b, b_sf = quantized(N, K, block)
+    x, alpha = values(0, M, K, dtype=dtype), torch.tensor([1e-2])
+    wanted = mm_bf16_fp4(x, b, b_sf, alpha, block_size=block)
+    weight = prepare_fp4_weight(b, b_sf, layout, scale_layout="128x4", block_size=block).to("cpu")
+    out = weight.mm(x, alpha=alpha)
+    assert out.shape == (M, N) and out.dtype == dtype
+    torch.testing.assert_close(out, wanted, rtol=0.01, atol=1e-4)  # sums of padded matrices differ in order
+    assert weight.mm(x, None, alpha, torch.float32).dtype == torch.float32
+
+
+def test_activations_that_do_not_fit_the_weight():
+    (a, _), (b, b_sf) = quantized(M, K, 16), quantized(N, K, 16)
+    weight = prepare_fp4_weight(b, b_sf, "hopper", scale_layout="128x4")
+    with pytest.raises(ValueError, match="a_descale is None with a of torch.uint8; allowed: the scales of a"):
+        weight.mm(a)
+    with pytest.raises(ValueError, match="a is torch.bfloat16 with scales of a; allowed: 16 bits"):
+        weight.mm(values(0, M, K), b_sf)
+    mxfp8 = prepare_fp4_weight(*mxfp8_quantize(values(0, N, K)), "hopper", scale_layout="128x4")
+    with pytest.raises(ValueError, match="a is torch.bfloat16 with MXFP8 weights; allowed: 16 bits for FP4"):
+        mxfp8.mm(values(0, M, K))
+
+
+def test_a_weight_that_hopper_has_no_form_for_changes_nothing():
+    b, b_sf = quantized(N, K, 32, swizzled=False)
+    b_sf[3, 1] = 140
+    before = b.clone(), b_sf.clone()
+    with pytest.raises(
+        ValueError, match="of mxfp4 with 1 blocks that can't be stored; allowed: scales from 2\\^-127 to"
+    ):
+        prepare_fp4_weight(b, b_sf, "hopper", block_size=32, rebind=True)
+    assert_same_bytes(b, before[0])
+    assert_same_bytes(b_sf, before[1])
+
+
+@pytest.mark.parametrize("layout", ["trtllm", "hopper"])
+def test_rebinding_leaves_one_copy(layout):
     module = nn.Module()
     b, b_sf = quantized(N, K, 16, swizzled=False)
     module.weight, module.scale = nn.Parameter(b, requires_grad=False), nn.Parameter(b_sf, requires_grad=False)
     old = module.weight.untyped_storage()
-    weight = prepare_fp4_weight(module.weight, module.scale, rebind=True)
-    assert isinstance(module.weight, nn.Parameter) and module.weight.shape == weight.weight.shape == (128, 96)
+    weight = prepare_fp4_weight(module.weight, module.scale, layout, rebind=True)
+    shape = (128, 96) if layout == "trtllm" else (128, 128)
+    assert isinstance(module.weight, nn.Parameter) and module.weight.shape == weight.weight.shape == shape
     assert module.weight.data_ptr() == weight.weight.data_ptr() != old.data_ptr()
     assert module.scale.data_ptr() == weight.scale.data_ptr()
     assert set(module.state_dict()) == {"weight", "scale"}
@@ -91,9 +136,10 @@ def test_without_rebinding_the_checkpoint_stays():
     assert_same_bytes(b_sf, before[1])
 
 
-def test_one_graph_for_any_number_of_rows(fresh_dynamo):
+@pytest.mark.parametrize("layout", ["trtllm", "hopper"])
+def test_one_graph_for_any_number_of_rows(fresh_dynamo, layout):
     b, b_sf = quantized(N, K, 16, swizzled=False)
-    weight = prepare_fp4_weight(b, b_sf)
+    weight = prepare_fp4_weight(b, b_sf, layout)
 
     def linear(x):
         return weight.mm(*torch.ops.fp4.fp4_quantize(x, SCALE), SCALE)

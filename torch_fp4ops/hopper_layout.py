@@ -25,8 +25,8 @@ Scale bytes hold what the kernel can multiply with, and a block must decode to t
   decodes to infinity, stands for NaN, as the block's codes are then zeros.
 
 What :func:`unpack_hopper_weight` gives back is the packed weight byte for byte, but for blocks with several forms:
-where the scale is zero or an MX NaN, codes are zeros of their own signs; the sign of an NVFP4 scale is in the codes
-(a NaN loses it); an MX block of zeros whose scale is above the range has the scale 1. Values are the same.
+where the scale is zero or an MX NaN, codes are zeros of their own signs; the sign of an NVFP4 scale is in the codes;
+an MX block of zeros whose scale is above the range has the scale 1. Values are the same.
 """
 
 from __future__ import annotations
@@ -224,7 +224,7 @@ def _nvfp4_blocks(blocks: Tensor, scales: Tensor, fmt: BlockFormat) -> tuple[Ten
     signs = _SIGN[fmt.element]
     step = scales & 0x7F
     kept = torch.full_like(step, 0xFF).masked_fill_(step == 0, signs)
-    turned = torch.where((scales > 0x7F) & (step != 0x7F), signs, 0).to(torch.uint8)
+    turned = torch.where(scales > 0x7F, signs, 0).to(torch.uint8)
     return (blocks & kept.unsqueeze(-1)) ^ turned.unsqueeze(-1), _bytes_of_e4m3(step)
 
 

@@ -138,6 +138,11 @@ def _requested(op_name: str, call_backend: str) -> tuple[str, str]:
     return "auto", "auto"
 
 
+def requested(op_name: str) -> str:
+    """The backend that ``set_backend`` or the environment names for an op; "auto" where neither does."""
+    return _requested(op_name, "auto")[0]
+
+
 def choose(op: Op, call: Call, *, launch: bool = True) -> Decision:
     """Choose the backend of ``op`` that runs ``call``. Looks at shapes, dtypes and devices, never at data.
 

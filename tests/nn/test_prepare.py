@@ -5,13 +5,17 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import sys
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from torch_fp4ops import set_backend
+from torch_fp4ops.cuda_graphs import record_decisions
 from torch_fp4ops.nn import FP4Linear, MXFP8Linear, prepare_, quantize_
+from torch_fp4ops.nn._block_scaled import best_layout
 from torch_fp4ops.testing import assert_same_bytes
 from torch_fp4ops.testing.samples import values
 
@@ -205,7 +209,7 @@ def test_a_model_prepares_all_its_layers_and_no_other():
 def test_nothing_is_prepared_by_itself_without_the_gpu(monkeypatch):
     assert quantized("nvfp4-same").weight_layout == "plain"
     # Nor where it is switched off.
-    monkeypatch.setattr("torch_fp4ops.nn._block_scaled.best_layout", lambda device: "hopper")
+    monkeypatch.setattr("torch_fp4ops.nn._block_scaled.best_layout", lambda *_: "hopper")
     linear = nn.Linear(64, 32)
     assert FP4Linear.from_linear(linear).weight_layout == "hopper"
     assert MXFP8Linear.from_linear(linear).weight_layout == "hopper"
@@ -216,6 +220,20 @@ def test_nothing_is_prepared_by_itself_without_the_gpu(monkeypatch):
     for prepare in (True, False):
         model = quantize_(nn.Sequential(nn.Linear(64, 32)), "mxfp4", prepare=prepare)
         assert model[0].weight_layout == ("hopper" if prepare else "plain")
+
+
+def test_the_best_layout_follows_the_gpu_and_what_is_asked_for(monkeypatch):
+    launch = pytest.importorskip("torch_fp4ops.ops._hopper_launch")
+    cuda = torch.device("cuda", 0)
+    assert best_layout(torch.device("cpu"), "mm_fp4") == "plain"
+    monkeypatch.setattr(launch, "unavailable", lambda device: "another GPU")
+    assert best_layout(cuda, "mm_fp4") == "plain"
+    monkeypatch.setattr(launch, "unavailable", lambda device: None)
+    assert best_layout(cuda, "mm_fp4") == "hopper"
+    with set_backend(mm_fp4="triton"):  # which would refuse the layout
+        assert best_layout(cuda, "mm_fp4") == "plain" and best_layout(cuda, "mm_mxfp8") == "hopper"
+    monkeypatch.setitem(sys.modules, "torch_fp4ops.ops._hopper_launch", None)
+    assert best_layout(cuda, "mm_fp4") == "plain"
 
 
 @every_kind
@@ -254,8 +272,6 @@ def test_on_a_gpu(kind):
     layer = quantize_(nn.Sequential(nn.Linear(1024, 1000).bfloat16().cuda()), weight_format, activations)[0]
     if torch.cuda.get_device_capability() == (9, 0):
         assert layer.weight_layout == "hopper"
-        from torch_fp4ops.cuda_graphs import record_decisions
-
         with record_decisions() as decisions:
             layer(torch.randn(5, 1024, dtype=torch.bfloat16, device="cuda"))
         assert any(backends == {"gluon"} for op, backends in decisions.backends().items() if op.startswith("mm_"))

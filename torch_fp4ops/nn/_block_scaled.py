@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from .. import scale_layouts
 from ..formats import FORMATS, BlockFormat
 from ..hopper_layout import NotStorableError, pack_hopper_weight, unpack_hopper_weight
+from ..selection import requested
 
 __all__ = ["LAYOUTS", "BlockScaledLinear", "allowed_values", "best_layout", "why_not_quantizable"]
 
@@ -41,9 +42,9 @@ def why_not_quantizable(linear: nn.Linear, fmt: BlockFormat) -> str | None:
     return None
 
 
-def best_layout(device: torch.device) -> str:
-    """The layout that the fastest kernels for a device read."""
-    if device.type != "cuda":
+def best_layout(device: torch.device, op_name: str) -> str:
+    """The layout that the fastest kernels for a device read; plain where another backend is asked for."""
+    if device.type != "cuda" or requested(op_name) not in ("auto", "gluon"):
         return "plain"
     try:
         from ..ops._hopper_launch import unavailable
@@ -89,6 +90,11 @@ class BlockScaledLinear(nn.Module):
     @property
     def _block_format(self) -> BlockFormat:
         return FORMATS[self.format]
+
+    @property
+    def _product_op(self) -> str:
+        """The name of the GEMM."""
+        raise NotImplementedError
 
     @property
     def weight_nbytes(self) -> int:
@@ -190,7 +196,7 @@ class BlockScaledLinear(nn.Module):
         self.weight, self.weight_scale, self.bias = weight, weight_scale, linear.bias
         self.train(linear.training)
         if prepare:
-            self.prepare(best_layout(weight.device))
+            self.prepare(best_layout(weight.device, self._product_op))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         # `module.to(dtype)` casts every floating-point buffer, float8 included. Codes and scales mean something in

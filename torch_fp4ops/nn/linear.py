@@ -119,7 +119,7 @@ class FP4Linear(BlockScaledLinear):
             weight_format, activations: as for the class.
             input_global_scale: float32, one element, above zero; for NVFP4 with activations ``"same"``.
             prepare: on a GPU whose fastest kernels read a weight layout of their own, bring the weight into it (see
-                :meth:`prepare`).
+                :meth:`prepare`), unless ``set_backend`` or the environment asks for another backend.
 
         Raises:
             ValueError: an argument that is not allowed, a weight that is not finite, or forward hooks on ``linear``,
@@ -158,6 +158,10 @@ class FP4Linear(BlockScaledLinear):
             sf_vec_size=self._block_format.block_size,
             sf_use_ue8m0=self._block_format.scale == "ue8m0",
         )
+
+    @property
+    def _product_op(self) -> str:
+        return "mm_bf16_fp4" if self.activations == "bf16" else "mm_fp4"
 
     def _product(self, x: Tensor) -> Tensor:
         block_size, weight_global = self._block_format.block_size, self.weight_global_scale
@@ -244,7 +248,7 @@ class MXFP8Linear(BlockScaledLinear):
         Args:
             linear: weight bfloat16, float16 or float32 ``[N, K]`` on any device, meta included.
             prepare: on a GPU whose fastest kernels read a weight layout of their own, bring the weight into it (see
-                :meth:`prepare`).
+                :meth:`prepare`), unless ``set_backend`` or the environment asks for another backend.
 
         Raises:
             ValueError: K not a multiple of 32, a weight that is not finite, or forward hooks on ``linear``, which
@@ -255,6 +259,8 @@ class MXFP8Linear(BlockScaledLinear):
         codes, scales = torch.ops.fp4.mxfp8_quantize(input=linear.weight.detach())
         new._take_over(linear, codes, scales, prepare)
         return new
+
+    _product_op = "mm_mxfp8"
 
     def _product(self, x: Tensor) -> Tensor:
         codes, scales = torch.ops.fp4.mxfp8_quantize(input=x)

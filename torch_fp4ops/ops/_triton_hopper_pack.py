@@ -22,14 +22,14 @@ from torch import Tensor
 from .. import scale_layouts
 from ..formats import FORMATS, NVFP4, BlockFormat
 from ..hopper_layout import FP4_BITS, FP8_BITS, HOPPER_SCALE_RANGES, hopper_size, moves
+from . import _triton_prims as p
 from . import _triton_tiles as t
 from ._triton_launch import INTERPRETED, LAYOUT_CODES, AotCase, launch, rows_of_units
 
 __all__ = ["hopper_pack_kernel", "pack_hopper"]
 
 _SIZES = ["rows", "row_units", "groups", "padded_cols", "piece_groups"]
-_PIECE = 128 * 64
-_THREADS = 256
+_THREADS = 128
 
 
 def _half_word_moves(bits_of_k3: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, int], ...]:
@@ -125,12 +125,11 @@ def _nvfp4_block(step):
     """Which bits of the codes stay, which of them are turned, and the scale as it is stored."""
     magnitude = step & 0x7F
     kept = tl.where(magnitude == 0, 0x88888888, 0xFFFFFFFF).to(tl.uint32)
-    turned = tl.where((step > 0x7F) & (magnitude != 0x7F), 0x88888888, 0).to(tl.uint32)
-    out = tl.where(magnitude == 0x7F, 0xFF, magnitude + 120)
-    out = tl.where(magnitude < 8, magnitude * 2 + 112, out)
-    out = tl.where(magnitude < 4, magnitude * 4 + 104, out)
-    out = tl.where(magnitude == 1, 104, out)
-    return kept, turned, tl.where(magnitude == 0, 8, out)
+    turned = tl.where(step > 0x7F, 0x88888888, 0).to(tl.uint32)
+    # As fp32 a subnormal is normalised; E4M3's exponent and mantissa are then the bits above 20.
+    bits = (p.bits(p.decode_e4m3(magnitude)) >> 20).to(tl.int32)
+    out = tl.maximum(bits - 8 * (127 - 22), 8)
+    return kept, turned, tl.where(magnitude == 0x7F, 0xFF, out)
 
 
 @triton.jit
