@@ -201,7 +201,7 @@ def nvfp4_kv_quantize_store_triton(
 def tiling(n: int, cols: int) -> tuple[int, int, int]:
     """Rows by sixteens of values of a program, powers of two, and how many times it does that."""
     C = min(64, triton.next_power_of_2(cols))
-    return max(1, (64 if n * cols < 1 << 14 else 128) // C), C, 2 if n * cols >= 1 << 18 else 1
+    return max(1, (64 if n * cols < 1 << 14 else 128) // C), C, 4 if n * cols >= 1 << 18 else 1
 
 
 def aot_cases() -> Iterator[AotCase]:
