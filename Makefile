@@ -53,7 +53,8 @@ offline: $(call with,test)  ## compile every Triton kernel for every target, wit
 offline-newest: $(call with,test)  ## the tests of that, with the newest Triton that is known to work
 	test -d $(NEWEST) || $(PY) -m pip install -qq --no-deps --target $(NEWEST) triton==$(NEWEST_TRITON)
 	PYTHONPATH=$(NEWEST) $(PY) -m pytest $(if $(filter-out 1,$(JOBS)),-n $(JOBS)) \
-		compile_tests/test_triton_offline.py compile_tests/test_triton_gemm_offline.py $(ARGS)
+		compile_tests/test_triton_offline.py compile_tests/test_triton_gemm_offline.py \
+		compile_tests/test_hopper_offline.py $(ARGS)
 
 lint: $(call with,dev)  ## style and format, nothing is changed
 	$(PY) -m ruff check

@@ -350,6 +350,16 @@ def test_reasons_that_need_no_import(pretend, monkeypatch):
         assert reason in kernel.why_not(call)
 
 
+def test_parameters_that_an_activation_has_no_use_for_are_left_out(pretend):
+    calls = pretend(90)
+    sample = next(s for s in samples(cutlass_fused_moe) if s.name == "bf16-activation4")
+    numbers = {f"swiglu_{n}": torch.full((3,), 0.5) for n in ("alpha", "beta", "limit")}
+    given = sample.args[:8], {**sample.kwargs, **numbers}
+    wanted = cutlass_fused_moe(*given[0], **given[1], backend="reference")
+    assert torch.equal(cutlass_fused_moe(*given[0], **given[1], backend="flashinfer"), wanted)
+    assert not any(calls[-1][1][name] is not None for name in numbers)
+
+
 def test_moe_reasons(pretend):
     by_name = {s.name: s for s in samples(cutlass_fused_moe)}
 

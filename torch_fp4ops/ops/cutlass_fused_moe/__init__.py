@@ -152,6 +152,8 @@ _PREFERENCES = (
         "routing, products and activation without a synchronisation, so graphs capture it; NVIDIA H200: 86 us for one "
         "token of GPT-OSS 120B in W4A16 MXFP4; the reference multiplies in fp32, one expert after another",
     ),
+    # After Triton, so that only weights in a layout that it refuses wait for FlashInfer's import.
+    Preference("flashinfer", "cuda", "reads weight_layout 'sm90_interleaved' and 'sm90_interleaved_fp8'", (9, 0)),
 )
 
 

@@ -114,6 +114,11 @@ def cutlass_fused_moe_flashinfer(
     payload = fc1_expert_weights.dtype
     if mode.weights is not None:
         payload = torch.uint8 if use_w4_group_scaling else torch.int64
+    activation = _modes.ACTIVATIONS[activation_type].name
+    # Some versions take any of these for a wish for Swiglu, whatever the activation; one without a use is left out.
+    if activation not in ("Swiglu", "SwigluBias"):
+        swiglu_alpha = swiglu_beta = None
+        swiglu_limit = swiglu_limit if activation == "SwigluStep" else None
     outputs: list[Tensor] = _flashinfer.function("cutlass_fused_moe")(
         input=input.contiguous(),
         token_selected_experts=token_selected_experts.int(),
@@ -134,7 +139,7 @@ def cutlass_fused_moe_flashinfer(
         ep_rank=ep_rank,
         use_w4_group_scaling=use_w4_group_scaling,
         use_mxfp8_act_scaling=use_mxfp8_act_scaling,
-        activation_type=_activations()[_modes.ACTIVATIONS[activation_type].name],
+        activation_type=_activations()[activation],
         swizzled_input_sf=swizzled_input_sf,
         # Sums a token's experts in a fixed order, in fp32; the fused way adds rounded parts in any order.
         **_flashinfer.accepted(
