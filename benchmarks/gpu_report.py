@@ -32,6 +32,8 @@ from typing import Any
 import torch
 
 SANITIZER_TOOLS = ("memcheck", "racecheck", "initcheck")
+OWN = ("triton", "gluon")
+"""The backends whose kernels are this package's."""
 _SANITIZER = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
 
 
@@ -98,7 +100,7 @@ def steps(options: argparse.Namespace, scratch: Path) -> list[Step]:
     if options.ptxas and Path(options.ptxas).exists():
         other = {"TRITON_PTXAS_PATH": options.ptxas, "TRITON_CACHE_DIR": str(scratch / "triton-cache")}
         planned += [
-            check("check with the other ptxas", device="cuda", backend="triton", **other),
+            *(check(f"check of {own} with the other ptxas", device="cuda", backend=own, **other) for own in OWN),
             tests("kernels with the other ptxas", "tests/ops", "-k", "test_on_a_gpu", PROPERTY_SHARDS="1", **other),
         ]
     if options.sanitizer and Path(_SANITIZER).exists():
@@ -113,9 +115,10 @@ def steps(options: argparse.Namespace, scratch: Path) -> list[Step]:
                 command += ["--error-exitcode", "9"]
             # Without torch's caching every tensor is an allocation, so the tools see its bounds and what is unwritten.
             environment = {} if tool == "racecheck" else {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-            planned.append(
-                check(f"check under {tool}", *command, device="cuda", backend="triton", reads=reads, **environment)
-            )
+            planned += [
+                check(f"check of {own} under {tool}", *command, device="cuda", backend=own, reads=reads, **environment)
+                for own in OWN
+            ]
     return [s for s in planned if not options.only or any(o in s.name for o in options.only)]
 
 
