@@ -48,8 +48,10 @@ def broken(monkeypatch):
         *,
         out_dtype: torch.dtype | None = None,
         block_size: int = 16,
+        b_layout: str = "plain",
     ) -> Tensor:
-        out = mm_bf16_fp4.run_backend("reference", a, b, b_descale, alpha, out_dtype=out_dtype, block_size=block_size)
+        how = {"out_dtype": out_dtype, "block_size": block_size, "b_layout": b_layout}
+        out = mm_bf16_fp4.run_backend("reference", a, b, b_descale, alpha, **how)
         return out + 100 if out.shape[1] == 96 else out
 
     register_extern("mm_bf16_fp4.broken", wrong_for_96)
