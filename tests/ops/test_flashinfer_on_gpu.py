@@ -18,7 +18,7 @@ from torch_fp4ops.ops.cutlass_fused_moe import cutlass_fused_moe
 from torch_fp4ops.ops.fp4_quantize import fp4_quantize
 from torch_fp4ops.probe import prepare
 from torch_fp4ops.selection import choose
-from torch_fp4ops.testing import assert_same_bytes, samples
+from torch_fp4ops.testing import assert_right, assert_same_bytes, samples
 from torch_fp4ops.testing.samples import values
 
 pytestmark = pytest.mark.gpu
@@ -173,6 +173,23 @@ def test_kv_dequantize_is_exact_eager_compiled_and_captured(dtype, shape, fresh_
     assert_same_bytes(run(*inputs), wanted)
     assert_same_bytes(torch.compile(run, fullgraph=True)(*inputs), wanted)
     assert_same_bytes(replayed(run, inputs, [torch.zeros_like(t) for t in inputs]), wanted)
+
+
+# Paged caches
+
+
+@pytest.mark.parametrize(
+    ("name", "module"), [("nvfp4_kv_dequantize_paged", "fp4_kv_dequant"), ("nvfp4_kv_quantize_store", "page")]
+)
+def test_paged_caches(name, module):
+    need(module)
+    op, taken = OPS[name], 0
+    assert prepare(name, "flashinfer") is None
+    for sample in samples(op, "cuda"):
+        if op.why_not("flashinfer", op.check(*sample.args, **sample.kwargs)) is None:
+            assert_right(op, sample, "flashinfer")
+            taken += 1
+    assert taken
 
 
 # cutlass_fused_moe, W4A16 MXFP4. H and I are multiples of every tile, whatever tactic is the default one.

@@ -56,6 +56,16 @@ SIGNATURES = {
     "prepare_bf16_fp4_weights": Signature("flashinfer", "b b_descale alpha block_size backend", since=(0, 6, 18)),
     "nvfp4_kv_quantize": Signature("flashinfer", "input global_scale"),
     "nvfp4_kv_dequantize": Signature("flashinfer", "fp4_data block_scales global_scale output_dtype"),
+    "nvfp4_kv_dequantize_paged": Signature(
+        "flashinfer",
+        "paged_kv_cache kv_cache_sf block_tables seq_lens k_scale v_scale output_k output_v kv_layout",
+        since=(0, 6, 18),
+    ),
+    "nvfp4_quantize_append_paged_kv_cache_with_slot_mapping": Signature(
+        "flashinfer",
+        "append_key append_value slot_mapping paged_kv_cache kv_cache_sf k_scale v_scale kv_layout",
+        since=(0, 6, 18),
+    ),
     "cutlass_fused_moe": Signature(
         "flashinfer.fused_moe",
         "input token_selected_experts token_final_scales fc1_expert_weights fc2_expert_weights output_dtype "
