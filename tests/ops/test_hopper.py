@@ -5,6 +5,8 @@ The products themselves run on a GPU, through the samples of their ops.
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from unittest import mock
 
 import pytest
@@ -254,3 +256,14 @@ def test_backends_refuse_a_layout_that_they_cannot_read(name):
         op.default(*sample.args, **sample.kwargs, backend="gluon")
     with pytest.raises(BackendUnavailable, match="NVIDIA GPUs of compute capability 9.0"):
         op.default(*prepared.args, **prepared.kwargs, backend="gluon")
+
+
+def test_the_triton_backends_do_without_gluon():
+    code = (
+        "import sys, torch\n"
+        "sys.modules['triton.experimental.gluon'] = None\n"
+        "import torch_fp4ops as f\n"
+        "for op in (f.mm_bf16_fp4, f.mm_fp4, f.mm_mxfp8):\n"
+        "    assert 'triton' in op.backend_names() and not {'triton', 'gluon'} & set(op.unimportable), op.unimportable\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -2,6 +2,9 @@
 
 How a product is cut up follows from its sizes alone: of the ways in ``WAYS``, the one whose predicted time is least.
 The prediction adds up steps of 64 along K; what a step takes was measured on an NVIDIA H200 (``benchmarks/NOTES.md``).
+
+Gluon is imported where a kernel is needed, not with this module, so that a Triton whose Gluon does not fit keeps the
+backends in plain Triton, which ask ``unavailable`` first.
 """
 
 from __future__ import annotations
@@ -15,7 +18,6 @@ import triton
 from torch import Tensor
 
 from ..formats import BlockFormat
-from ._hopper_decode import FACTORS, scale_words
 from ._triton_launch import INTERPRETED, LAUNCH_OPTIONS, AotCase, device_guard, global_scale_form, rows_of_units
 
 __all__ = ["Way", "choose", "product", "unavailable"]
@@ -228,11 +230,15 @@ def _layouts() -> tuple[Any, Any]:
 
 def _blocks(way: Way, fmt: str) -> tuple[list[int], list[int]]:
     """What a TMA load takes of codes and of scales, in words."""
+    from ._hopper_decode import scale_words
+
     halves = min(way.rows // 64, 2)
     return [halves * (16 if fmt == "mxfp8" else 8), 64], [halves, 32 * scale_words(fmt)]
 
 
 def _constants(way: Way, fmt: str, dtype: torch.dtype, out_dtype: torch.dtype, alpha_form: int) -> dict[str, Any]:
+    from ._hopper_decode import FACTORS
+
     KS, stages = _stages(way, fmt)
     return {
         "FMT": fmt,
