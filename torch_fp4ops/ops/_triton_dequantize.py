@@ -31,7 +31,7 @@ from ._triton_launch import (
     rows_of_units,
 )
 
-__all__ = ["dequantize_kernel", "dequantize_rows"]
+__all__ = ["decoded", "dequantize_kernel", "dequantize_rows"]
 
 _SIZES = ["rows", "row_units", "blocks", "padded_cols", "col_tiles"]
 
@@ -112,6 +112,13 @@ def _tiling_on_gpu(layout: str, rows: int, blocks: int, split: int) -> Tiling:
 def shipped_tilings(layout: str, split: int) -> list[Tiling]:
     """Whatever :func:`tiling` returns."""
     return list(dict.fromkeys(_tiling_on_gpu(layout, 1 << i, 1 << 8, split) for i in range(20)))
+
+
+def decoded(payload: Tensor, scales: Tensor, fmt: BlockFormat, layout: str, dtype: torch.dtype) -> Tensor:
+    """A quantised matrix without its global scale, for a product: 16 bits hold each code times its scale."""
+    out = torch.empty(payload.shape[0], payload.shape[1] * fmt.elements_per_byte, dtype=dtype, device=payload.device)
+    dequantize_rows(payload, scales, fmt, layout, None, False, out)
+    return out
 
 
 def dequantize_rows(

@@ -20,7 +20,7 @@ from ..formats import FORMATS, NVFP4
 from ..hopper_layout import hopper_size
 from ._hopper_launch import product as hopper_product
 from ._hopper_launch import unavailable as hopper_unavailable
-from ._triton_dequantize import dequantize_rows
+from ._triton_dequantize import decoded
 from ._triton_gemm_launch import PLAIN, Operand, architecture, matmul, multiplied_as
 from ._triton_hopper_pack import pack_hopper
 from ._triton_launch import INTERPRETED
@@ -78,6 +78,4 @@ def _decoded(operand: Operand, dtype: torch.dtype) -> Tensor:
     if operand.format == PLAIN:
         return operand.elements
     assert operand.scales is not None
-    out = torch.empty(operand.elements.shape[0], operand.k, dtype=dtype, device=operand.elements.device)
-    dequantize_rows(operand.elements, operand.scales, FORMATS[operand.format], operand.layout, None, False, out)
-    return out
+    return decoded(operand.elements, operand.scales, FORMATS[operand.format], operand.layout, dtype)

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ...formats import MXFP4, NVFP4
-from .._hopper import decoded, product, why_not
+from .._hopper import product, why_not
+from .._triton_dequantize import decoded
 from . import a_layout, mm_fp4
 
 
@@ -28,6 +29,6 @@ def mm_fp4_gluon(
     fmt = NVFP4 if use_nvfp4 else MXFP4
     weight = b.T
     out = a.new_empty((a.shape[0], weight.shape[0]), dtype=out_dtype)
-    x = decoded(a, a_descale, fmt, a_layout(use_8x4_sf_layout))
+    x = decoded(a, a_descale, fmt, a_layout(use_8x4_sf_layout), torch.bfloat16)
     product(x, weight, b_descale.t().view(weight.shape[0], -1), fmt, out, alpha)
     return out

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ...formats import MXFP8
-from .._hopper import decoded, product, why_not
+from .._hopper import product, why_not
+from .._triton_dequantize import decoded
 from ..mm_fp4 import a_layout
 from . import mm_mxfp8
 
@@ -25,6 +26,6 @@ def mm_mxfp8_gluon(
 ) -> Tensor:
     weight = b.T.view(torch.uint8)
     out = a.new_empty((a.shape[0], weight.shape[0]), dtype=out_dtype)
-    x = decoded(a, a_descale, MXFP8, a_layout(use_8x4_sf_layout))
+    x = decoded(a, a_descale, MXFP8, a_layout(use_8x4_sf_layout), torch.bfloat16)
     product(x, weight, b_descale.view(weight.shape[0], -1), MXFP8, out, None)
     return out

@@ -15,13 +15,13 @@ from .. import _kv, _scales
 _DTYPES = (torch.bfloat16, torch.float16, torch.float8_e4m3fn)
 
 
-def _tokens(call: Call) -> int:
+def tokens_of(k_cache: Tensor, block_tables: Tensor, kv_layout: str, max_seq_len: int | None) -> int:
     """Tokens a sequence in the output."""
-    given: int | None = call.max_seq_len
-    if given is not None:
-        return given
-    tokens: int = call.block_tables.shape[1] * _kv.page_size(call.k_cache, call.kv_layout)
-    return tokens
+    return block_tables.shape[1] * _kv.page_size(k_cache, kv_layout) if max_seq_len is None else max_seq_len
+
+
+def tokens_of_call(call: Call) -> int:
+    return tokens_of(call.k_cache, call.block_tables, call.kv_layout, call.max_seq_len)
 
 
 def _contract(call: Call) -> tuple[Out, Out]:
@@ -34,19 +34,19 @@ def _contract(call: Call) -> tuple[Out, Out]:
     _kv.require_sequences(call)
     _kv.require_cache_scales(call, fmt)
     if call.max_seq_len is not None:
-        longest = call.block_tables.shape[1] * _kv.page_size(call.k_cache, call.kv_layout)
+        longest = tokens_of(call.k_cache, call.block_tables, call.kv_layout, None)
         allowed = f"0 to the {longest} tokens that block_tables has pages for, or None for all of them"
         call.require(call.max_seq_len >= 0, "max_seq_len", call.max_seq_len, allowed)
         call.require(call.max_seq_len <= longest, "max_seq_len", call.max_seq_len, allowed)
     if call.output_dtype not in _DTYPES:
         call.require(False, "output_dtype", call.output_dtype, " or ".join(map(str, _DTYPES)))
-    out = Out((call.block_tables.shape[0], _tokens(call), heads, dim), call.output_dtype)
+    out = Out((call.block_tables.shape[0], tokens_of_call(call), heads, dim), call.output_dtype)
     return out, out
 
 
 def _check_values(call: Call) -> None:
     _kv.check_cache_scales(call)
-    _kv.check_sequences(call, _tokens(call))
+    _kv.check_sequences(call, tokens_of_call(call))
 
 
 _PREFERENCES = (
@@ -117,7 +117,7 @@ def nvfp4_kv_dequantize_paged(
     fmt = kv_format(sf_vec_size, sf_use_ue8m0)
     assert fmt is not None
     page = _kv.page_size(k_cache, kv_layout)
-    tokens = block_tables.shape[1] * page if max_seq_len is None else max_seq_len
+    tokens = tokens_of(k_cache, block_tables, kv_layout, max_seq_len)
     index, there = _kv.present(block_tables, seq_lens, k_cache.shape[0], page, tokens)
     keys, values = (
         _kv.gather(cache, cache_sf, scale, fmt, kv_layout, index, there)

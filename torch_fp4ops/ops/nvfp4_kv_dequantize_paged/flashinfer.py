@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...contracts import Call
 from .. import _flashinfer, _kv
-from . import _tokens, nvfp4_kv_dequantize_paged
+from . import nvfp4_kv_dequantize_paged, tokens_of, tokens_of_call
 
 KERNELS = {
     "flashinfer": _flashinfer.Kernel(
@@ -24,7 +24,7 @@ def _unsupported(call: Call, name: str) -> str | None:
         return "FlashInfer reads NVFP4 caches only"
     if call.output_dtype not in (torch.bfloat16, torch.float16):
         return f"FlashInfer gives bfloat16 and float16, not {call.output_dtype}"
-    if not call.k_cache.numel() or not call.block_tables.shape[0] * _tokens(call):
+    if not call.k_cache.numel() or not call.block_tables.shape[0] * tokens_of_call(call):
         return "FlashInfer's kernel needs a token"
     return None
 
@@ -48,7 +48,7 @@ def nvfp4_kv_dequantize_paged_flashinfer(
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     assert k_scale is not None and v_scale is not None  # NVFP4 has them
-    tokens = block_tables.shape[1] * _kv.page_size(k_cache, kv_layout) if max_seq_len is None else max_seq_len
+    tokens = tokens_of(k_cache, block_tables, kv_layout, max_seq_len)
     shape = (block_tables.shape[0], tokens, _kv.heads_of(k_cache, kv_layout), k_cache.shape[3] * 2)
     # FlashInfer leaves what lies behind a sequence's end as it is.
     keys, values = (torch.zeros(shape, dtype=output_dtype, device=k_cache.device) for _ in range(2))

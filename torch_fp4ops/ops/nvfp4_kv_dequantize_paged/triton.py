@@ -21,7 +21,7 @@ from .. import _kv
 from .. import _triton_prims as p
 from .. import _triton_tiles as t
 from .._triton_launch import AotCase, launch, why_not
-from . import nvfp4_kv_dequantize_paged
+from . import nvfp4_kv_dequantize_paged, tokens_of
 
 _SIZES = ["tokens", "pages", "table_row", "heads", "col_tiles", "row_tiles"]
 _STRIDES = ["page", "entry", "head", "sf_page", "sf_entry", "sf_head"]
@@ -181,8 +181,8 @@ def nvfp4_kv_dequantize_paged_triton(
     fmt = kv_format(sf_vec_size, sf_use_ue8m0)
     assert fmt is not None
     page, heads = _kv.page_size(k_cache, kv_layout), _kv.heads_of(k_cache, kv_layout)
-    batch, max_pages = block_tables.shape
-    tokens = max_pages * page if max_seq_len is None else max_seq_len
+    batch = block_tables.shape[0]
+    tokens = tokens_of(k_cache, block_tables, kv_layout, max_seq_len)
     dim = k_cache.shape[3] * 2
     keys, values = (k_cache.new_empty((batch, tokens, heads, dim), dtype=output_dtype) for _ in "kv")
     if not keys.numel():
