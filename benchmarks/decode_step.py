@@ -62,6 +62,9 @@ class Row:
     """Of the step, or of the call through the op."""
     direct_us: float = 0.0
     """Of the op's backend, called directly."""
+    launch_us: float = 0.0
+    """Of the launches that Triton makes for it, each by ``kernel[grid](...)``."""
+    launches: int = 0
     kernel_us: float = 0.0
     outside: float = 0.0
     tokens_per_s: float = 0.0
@@ -188,7 +191,8 @@ def main(argv: list[str] | None = None) -> int:
             gc.collect()
         if options.device == "cuda" and not options.no_ops:
             for each in host_overhead.print_backend_overheads():
-                add(Row(mode="eager", op=each.op, backend=each.backend, us=each.op_us, direct_us=each.direct_us))
+                times = {"us": each.op_us, "direct_us": each.direct_us, "launch_us": each.launch_us}
+                add(Row(mode="eager", op=each.op, backend=each.backend, launches=each.launches, **times))
     return int(any(row.status != "ok" for row in rows))
 
 

@@ -1,9 +1,10 @@
 #!/usr/bin/env python
-"""Host microseconds that an op adds to calling its implementation directly: ``python benchmarks/host_overhead.py``."""
+"""Host microseconds of an op, of its backend and of the launches: ``python benchmarks/host_overhead.py``."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import itertools
 import platform
@@ -113,46 +114,83 @@ def registration_overhead(calls: int = CALLS, runs: int = RUNS) -> float:
 
 
 class Overhead(NamedTuple):
-    """Microseconds of a call of a backend, directly and through the op."""
+    """Microseconds of a call: of the launches by Triton that it makes, of the backend itself, and through the op."""
 
     op: str
     backend: str
+    launches: int
+    launch_us: float
     direct_us: float
     op_us: float
 
+    @property
+    def added_us(self) -> float:
+        """What the op costs more than its launches, or than its backend where that is no Triton kernel's."""
+        return self.op_us - (self.launch_us if self.launches else self.direct_us)
+
 
 def backend_overheads(calls: int = 2000, runs: int = 5, device: str = "cuda") -> Iterator[Overhead]:
-    """Every op's smallest benchmark case (a sample where it has none) on each backend but the reference."""
+    """Every op on each backend but the reference: its smallest benchmark case, or a sample where that isn't taken."""
     smallest: dict[str, cases.Case] = {}
     for case in cases.cpu_cases():
         if case.op not in smallest or case.bytes < smallest[case.op].bytes:
             smallest[case.op] = case
     for name, measured in OPS.items():
-        sample = smallest[name].sample(device) if name in smallest else samples(measured, device)[-1]
-        call = measured.check(*sample.args, **sample.kwargs)
+        candidates = [smallest[name].sample(device)] if name in smallest else []
+        candidates += reversed(samples(measured, device))
         for backend in measured.backend_names():
-            if backend != "reference" and measured.why_not(backend, call) is None:
-                yield Overhead(name, backend, *_directly_and_through(measured, backend, sample, calls, runs))
+            able = (s for s in candidates if measured.why_not(backend, measured.check(*s.args, **s.kwargs)) is None)
+            sample = next(able, None)
+            if backend != "reference" and sample is not None:
+                yield _overhead(measured, backend, sample, calls, runs)
 
 
 def print_backend_overheads() -> list[Overhead]:
     """The table of :func:`backend_overheads` on the GPU, and what it holds."""
     print("\nevery backend on the GPU, without grad: us a call, median of runs of many calls")
-    print(f"  {'op':26} {'backend':14} {'directly':>9} {'through the op':>15} {'added':>7}")
+    print(f"  {'op':26} {'backend':14} {'launches':>8} {'by Triton':>10} {'backend':>9} {'the op':>8} {'added':>7}")
     rows = []
     for row in backend_overheads():
-        added = row.op_us - row.direct_us
-        print(f"  {row.op:26} {row.backend:14} {row.direct_us:9.2f} {row.op_us:15.2f} {added:7.2f}", flush=True)
+        times = f"{row.launch_us:10.2f} {row.direct_us:9.2f} {row.op_us:8.2f} {row.added_us:7.2f}"
+        print(f"  {row.op:26} {row.backend:14} {row.launches:8} {times}", flush=True)
         rows.append(row)
     return rows
 
 
-def _directly_and_through(op: Op, backend: str, sample: Sample, calls: int, runs: int) -> tuple[float, float]:
+def _overhead(op: Op, backend: str, sample: Sample, calls: int, runs: int) -> Overhead:
     run, through = op.find_backend(backend, "benchmark").run, getattr(torch.ops.fp4, op.name)
     args, kwargs = sample.args, sample.kwargs
     with torch.no_grad():
+        with triton_launches() as launches:
+            run(*args, **kwargs)
+
+        def launch() -> None:
+            for again in launches:
+                again()
+
+        launch_us = us_per_call(launch, calls, runs) if launches else 0.0
         direct_us = us_per_call(lambda: run(*args, **kwargs), calls, runs)
-        return direct_us, us_per_call(lambda: through(*args, **kwargs, backend=backend), calls, runs)
+        op_us = us_per_call(lambda: through(*args, **kwargs, backend=backend), calls, runs)
+    return Overhead(op.name, backend, len(launches), launch_us, direct_us, op_us)
+
+
+@contextlib.contextmanager
+def triton_launches() -> Iterator[list[Callable[[], Any]]]:
+    """The launches inside, to be made again as they were: by ``kernel[grid](...)``."""
+    from triton.runtime.jit import JITFunction
+
+    launches: list[Callable[[], Any]] = []
+    run = JITFunction.run
+
+    def recording(self: Any, *args: Any, **kwargs: Any) -> Any:
+        launches.append(functools.partial(run, self, *args, **kwargs))
+        return run(self, *args, **kwargs)
+
+    JITFunction.run = recording
+    try:
+        yield launches
+    finally:
+        JITFunction.run = run
 
 
 def main() -> int:

@@ -201,7 +201,7 @@ def test_every_kernel_is_behind_the_guard(name, launches, monkeypatch):
     sample = next(s for s in reversed(samples(op)) if s.args[0].numel())
     op.default(*sample.clone().args, **{**sample.kwargs, "backend": "triton"})
     assert launches
-    monkeypatch.setattr(capture, "_capturing", lambda: True)
+    monkeypatch.setattr(capture, "capturing", lambda: True)
     pattern = rf"torch.ops.fp4.{name}, backend 'triton': Triton kernel {launches[0]} would be compiled .* for .*\[\d+"
     with pytest.raises(FirstUseInCapture, match=pattern):
         op.default(*sample.clone().args, **{**sample.kwargs, "backend": "triton"})
@@ -214,7 +214,7 @@ def test_the_guard_leaves_other_peoples_kernels_alone(launches, monkeypatch):
     def kernel(n):
         pass
 
-    monkeypatch.setattr(capture, "_capturing", lambda: True)
+    monkeypatch.setattr(capture, "capturing", lambda: True)
     kernel[(1,)](3)
     assert launches == [kernel.fn.__qualname__]
 
@@ -227,7 +227,7 @@ def test_the_guard_is_installed_with_the_kernels():
 
 def test_first_use_is_refused_in_a_capture_only(monkeypatch):
     capture.refuse_first_use("a probe would run")
-    monkeypatch.setattr(capture, "_capturing", lambda: True)
+    monkeypatch.setattr(capture, "capturing", lambda: True)
     with pytest.raises(FirstUseInCapture, match="a probe would run while a CUDA graph is being captured. Warm it up"):
         capture.refuse_first_use("a probe would run")
     assert torch_fp4ops.cuda_graphs.FirstUseInCapture is FirstUseInCapture

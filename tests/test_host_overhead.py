@@ -15,3 +15,4 @@ def test_every_op_is_measured():
         rows = list(host_overhead.backend_overheads(calls=20, runs=1))
     assert {row.op for row in rows} == set(OPS)
     assert all(row.direct_us > 0 and row.op_us > 0 for row in rows)
+    assert all(row.launches and row.launch_us > 0 for row in rows if row.backend in ("triton", "gluon"))

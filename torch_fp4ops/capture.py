@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .contracts import Call
     from .selection import Decision
 
-__all__ = ["Decisions", "FirstUseInCapture", "record_decisions", "refuse_first_use"]
+__all__ = ["Decisions", "FirstUseInCapture", "capturing", "record_decisions", "refuse_first_use"]
 
 
 class FirstUseInCapture(RuntimeError):
@@ -39,11 +39,12 @@ def refuse_first_use(work: str) -> None:
     workspace), never on the way of every call. ``work`` says what, as a clause: "kernel x would be compiled". The op
     and the shapes are added on the way out.
     """
-    if _capturing():
+    if capturing():
         raise FirstUseInCapture(work)
 
 
-def _capturing() -> bool:
+def capturing() -> bool:
+    """Whether the current stream is being captured."""
     # A build without CUDA has no is_current_stream_capturing.
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 

@@ -3,14 +3,10 @@ dispatch to backends and the error that backward raises."""
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import pkgutil
 import re
-import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,10 +14,14 @@ from torch import Tensor
 from torch._C import DispatchKey
 from torch.utils._pytree import tree_leaves
 
-from .capture import FirstUseInCapture, recorder
+from . import replay
+from .backends import Backend, WithBackends
+from .capture import FirstUseInCapture, capturing, recorder
 from .codecs import as_bytes
 from .contracts import Call, Out
-from .selection import Preference, Trust, choose
+from .no_backward import INFERENCE_ONLY, NoBackward, any_requires_grad
+from .replay import Plan, Trace, kind_of
+from .selection import Decision, Preference, choose, overridden
 
 __all__ = ["OPS", "Backend", "Op", "op"]
 
@@ -30,26 +30,11 @@ OPS: dict[str, Op] = {}
 
 _LIBRARY = torch.library.Library("fp4", "FRAGMENT")
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
-_MODULES_THAT_ARE_NO_BACKEND = {"samples"}
 
 Contract = Callable[[Call], "Out | tuple[Out, ...] | None"]
-Unsupported = Callable[[Call], "str | None"]
 
 
-@dataclass(frozen=True)
-class Backend:
-    """An implementation of an op. ``unsupported`` says why it can't take a call (capability, never preference);
-    ``trust`` decides whether a foreign library's code may run, and ``exact`` is False where it is not held to the
-    reference's very bytes."""
-
-    name: str
-    run: Callable[..., Any]
-    unsupported: Unsupported
-    trust: Trust | None = None
-    exact: bool = True
-
-
-class Op:
+class Op(WithBackends):
     """An operator ``torch.ops.fp4.<name>``; calling it accepts torch's native FP4/FP8 dtypes for packed bytes."""
 
     def __init__(
@@ -68,14 +53,16 @@ class Op:
         self.__wrapped__ = function
         self.signature = inspect.signature(function)
         self.schema = torch.library.infer_schema(function, mutates_args=tuple(mutates))
+        self._mutates = tuple(mutates)
         self.contract = contract
         self.preferences = tuple(preferences)
         self._preferences_on: dict[torch.device, tuple[Preference, ...]] = {}
         self._check_values = check_values
         self._byte_arguments = frozenset(byte_arguments)
-        self._backends = {"reference": Backend("reference", function, lambda call: None)}
-        self.unimportable: dict[str, str] = {}  # backend name -> why its module does not import
-        self._loaded = False
+        super().__init__(function)
+        self._seen: set[tuple[Any, ...]] = set()
+        self._known: dict[tuple[Any, ...], tuple[Plan | Callable[..., Any], list[int]]] = {}
+        """By kind of call, how it is carried out and which of its tensors are written."""
 
         _LIBRARY.define(f"{self.name}{_with_none_for_defaults(self.schema)}", tags=_TAGS)
         self.default = getattr(torch.ops.fp4, self.name).default
@@ -89,7 +76,6 @@ class Op:
         )
         # All but the first, whose device is the call's.
         self._tensor_names = tuple(a.name for a in arguments[1:] if "Tensor" in str(a.type))
-        self._mutates = tuple(mutates)
         _LIBRARY.impl(self.name, self._run, "CompositeExplicitAutograd")
         _LIBRARY.impl(self.name, self._run_with_autograd, "Autograd", with_keyset=True)
         torch.library.register_fake(f"fp4::{self.name}", self._fake, lib=_LIBRARY)
@@ -146,27 +132,83 @@ class Op:
         return call
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
+        device = (args[0] if args else kwargs[self._names[0]]).get_device()
+        if (device < 0 and not replay.ON_CPU) or overridden() or recorder.get() is not None:
+            return self._run_checked(args, kwargs)
+        kind, given = kind_of(args, kwargs)
+        known = self._known.get(kind)
+        if known is None or (device >= 0 and device != torch.cuda.current_device()):
+            return self._run_of_unknown_kind(kind, given, args, kwargs)
+        if device < 0:
+            self._check(args, kwargs)
+        run, written = known
+        try:
+            if type(run) is Plan:
+                result = run(given)
+            else:
+                args, kwargs = self._with_defaults(args, kwargs)
+                result = run(*args, **kwargs)
+        except FirstUseInCapture:
+            return self._run_checked(args, kwargs)  # which says which call it was
+        _written(given[i] for i in written)
+        return result
+
+    def _run_checked(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        call, decision = self._decide(args, kwargs)
+        args, kwargs = self._with_defaults(args, kwargs)
+        return self._run_decided(call, decision, args, kwargs)
+
+    def _decide(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Call, Decision]:
         call = self._check(args, kwargs)
         decision = choose(self, call)
         if decision.rejected and decision.backend == "reference":
             _warn_reference(self.name, "; ".join(f"{n}: {why}" for n, why in decision.rejected.items()))
+        return call, decision
+
+    def _run_decided(self, call: Call, decision: Decision, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         recording = recorder.get()
         if recording is not None:
             recording.add(call, decision)
-        if self._for_none:
-            args, kwargs = self._with_defaults(args, kwargs)
         try:
             result = self._backends[decision.backend].run(*args, **kwargs)
         except FirstUseInCapture as error:
             raise FirstUseInCapture(error.work, call, decision.backend) from None
-        for name in self._mutates:
-            t = getattr(call, name)
-            if not t.is_inference():  # those have no version counter
-                torch.autograd.graph.increment_version(t)
+        _written(getattr(call, name) for name in self._mutates)
         return result
+
+    def _run_of_unknown_kind(
+        self, kind: tuple[Any, ...], given: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Run a call, and remember how if it is the second of its kind: many are the only one."""
+        # What selection says during a capture does not hold for good: there, nothing is probed.
+        if kind not in self._seen or capturing():
+            self._seen.add(kind)
+            return self._run_checked(args, kwargs)
+        if len(self._seen) > _MOST_KINDS:
+            self.forget()
+        call, decision = self._decide(args, kwargs)
+        args, kwargs = self._with_defaults(args, kwargs)
+        backend = self._backends[decision.backend]
+        plan = None
+        if backend.replayable:
+            with Trace(given) as trace:
+                result = self._run_decided(call, decision, args, kwargs)
+            plan = trace.plan(result)
+        else:
+            result = self._run_decided(call, decision, args, kwargs)
+        mutated = [getattr(call, name) for name in self._mutates]
+        self._known[kind] = plan or backend.run, [i for i, t in enumerate(given) if any(t is m for m in mutated)]
+        return result
+
+    def forget(self) -> None:
+        """Forget how calls were carried out: what was decided for them may not hold any longer."""
+        self._known.clear()
+        self._seen.clear()
 
     def _with_defaults(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments with the function's default for a None that only torch's schema knows."""
+        if not self._for_none:
+            return args, kwargs
         for i, name, default in self._for_none:
             if i < len(args):
                 if args[i] is None:
@@ -185,10 +227,10 @@ class Op:
         return tuple(torch.empty(o.shape, dtype=o.dtype, device=call.device) for o in promised)
 
     def _run_with_autograd(self, keyset: Any, *args: Any, **kwargs: Any) -> Any:
-        if torch.is_grad_enabled() and (_any_requires_grad(args) or (kwargs and _any_requires_grad(kwargs.values()))):
+        if torch.is_grad_enabled() and (any_requires_grad(args) or (kwargs and any_requires_grad(kwargs.values()))):
             self._require_a_floating_output(args, kwargs)
             needing = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.requires_grad]
-            return _NoBackward.apply(self, keyset, args, kwargs, *needing)
+            return NoBackward.apply(self.name, lambda: self._below_autograd(keyset, args, kwargs), *needing)
         if keyset.raw_repr() in _straight_to_kernel:
             return self._run(*args, **kwargs)
         return self._below_autograd(keyset, args, kwargs)
@@ -208,79 +250,8 @@ class Op:
         if not any(o.dtype.is_floating_point for o in outputs):
             raise NotImplementedError(
                 f"torch.ops.fp4.{self.name} was given a tensor that requires grad, but its outputs are integer "
-                f"codes, which carry no gradient: it would be lost silently. {_INFERENCE_ONLY}"
+                f"codes, which carry no gradient: it would be lost silently. {INFERENCE_ONLY}"
             )
-
-    # Backends
-
-    def backend(
-        self, name: str, *, unsupported: Unsupported, trust: Trust | None = None, exact: bool = True
-    ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        """Register the decorated function as this op's backend ``name``. Decorators may be stacked: the function
-        sees which backend it runs as in its argument ``backend``.
-
-        Args:
-            name: what ``backend=`` and the environment call it.
-            unsupported: why it can't take a call, by metadata alone; None if it can.
-            trust: whether code that is not this package's may run; None for own code.
-            exact: whether quantised bytes must equal the reference's.
-
-        Raises:
-            TypeError: its schema or defaults differ from the op's.
-            ValueError: the name is taken.
-        """
-
-        def register(function: Callable[..., Any]) -> Callable[..., Any]:
-            schema = torch.library.infer_schema(function, mutates_args=self._mutates)
-            if schema != self.schema:
-                raise TypeError(f"backend {name!r} of {self.name} has the schema {schema}; the op has {self.schema}")
-            if name in self._backends or name == "auto":
-                raise ValueError(f"{self.name} has a backend named {name!r} already")
-            run = function if trust is None else _running_as(name, function)
-            self._backends[name] = Backend(name, run, unsupported, trust, exact)
-            return function
-
-        return register
-
-    def _load_backends(self) -> None:
-        """Import the modules beside the op's spec: each registers one backend. Lazy, as they import Triton and such."""
-        if self._loaded:
-            return
-        self._loaded = True
-        package = sys.modules[self.__module__]
-        for module in pkgutil.iter_modules(getattr(package, "__path__", [])):
-            if module.name in _MODULES_THAT_ARE_NO_BACKEND or module.name.startswith("_"):
-                continue
-            try:
-                importlib.import_module(f"{package.__name__}.{module.name}")
-            except ImportError as error:
-                self.unimportable[module.name] = f"not importable: {error}"
-
-    def backend_names(self) -> list[str]:
-        """Every backend that this op has, the ones that can't be imported here included."""
-        self._load_backends()
-        return [*self._backends, *self.unimportable]
-
-    def find_backend(self, name: str, asked_by: str) -> Backend:
-        """The backend with that name, "auto" excepted; ``flashinfer_<name>`` is FlashInfer's <name>.
-
-        Raises ValueError if there is none.
-        """
-        backend = self._backends.get(name)
-        if backend is not None:
-            return backend
-        self._load_backends()
-        backend = self._backends.get(name) or self._backends.get(_without_library(name))
-        if backend is not None:
-            return backend
-        if name in self.unimportable:
-            reason = self.unimportable[name]
-            return Backend(name, _never_runs, lambda call: reason)
-        names = ["auto", *self._backends]
-        raise ValueError(
-            f"torch.ops.fp4.{self.name}: backend is {name!r} ({asked_by}); "
-            f"allowed: {', '.join(map(repr, [*names, *self.unimportable]))}"
-        )
 
     def why_not(self, name: str, call: Call, *, launch: bool = False) -> str | None:
         """Why the backend can't take the call here and now, None if it can. One that would have to be compiled first
@@ -333,7 +304,7 @@ def op(
 
 _straight_to_kernel: set[int] = set()
 _warned: set[str] = set()
-_INFERENCE_ONLY = "These ops are for inference: use torch.no_grad() or torch.inference_mode(), or detach() the input."
+_MOST_KINDS = 1 << 14
 
 
 def _with_none_for_defaults(schema: str) -> str:
@@ -347,16 +318,6 @@ def _with_none_for_defaults(schema: str) -> str:
     return re.sub(r"ScalarType (\w+)=\w+", r"ScalarType? \1=None", positional + star + keyword_only)
 
 
-def _any_requires_grad(arguments: Iterable[Any]) -> bool:
-    for argument in arguments:
-        if isinstance(argument, Tensor):
-            if argument.requires_grad:
-                return True
-        elif type(argument) is list and _any_requires_grad(argument):
-            return True
-    return False
-
-
 def _warn_reference(op_name: str, reasons: str) -> None:
     if op_name not in _warned:
         _warned.add(op_name)
@@ -365,55 +326,7 @@ def _warn_reference(op_name: str, reasons: str) -> None:
         )
 
 
-def _running_as(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function told which backend it runs as, however that was chosen."""
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        kwargs["backend"] = name
-        return function(*args, **kwargs)
-
-    return run
-
-
-def _without_library(name: str) -> str:
-    for prefix in ("flashinfer_", "flashinfer-"):
-        if name.startswith(prefix):
-            return name[len(prefix) :].replace("cute_dsl", "cute-dsl")
-    return "cute-dsl" if name == "cute_dsl" else name
-
-
-def _never_runs(*args: Any, **kwargs: Any) -> Any:
-    raise AssertionError("this backend can't be imported, so it is never chosen")
-
-
-class _NoBackward(torch.autograd.Function):
-    """Gives the outputs a grad_fn that raises, so that backward never yields silent zeros."""
-
-    @staticmethod
-    def forward(ctx: Any, op: Op, keyset: Any, args: Any, kwargs: Any, *needing: Tensor) -> Any:
-        ctx.op_name = op.name
-        ctx.inputs = [(t.shape, t.dtype, t.device) for t in needing]
-        return op._below_autograd(keyset, args, kwargs)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        grad = next(g for g in grads if g is not None)
-        # An op of its own, so that tracing a joint graph succeeds and only running the backward raises.
-        unavailable = torch.ops.fp4.backward_unavailable.default
-        return (None,) * 4 + tuple(unavailable(grad, *meta, ctx.op_name) for meta in ctx.inputs)
-
-
-def _backward_unavailable(grad: Tensor, shape: Any, dtype: Any, device: Any, op_name: str) -> Tensor:
-    raise NotImplementedError(f"torch.ops.fp4.{op_name} has no backward. {_INFERENCE_ONLY}")
-
-
-_LIBRARY.define(
-    "backward_unavailable(Tensor grad, SymInt[] shape, ScalarType dtype, Device device, str op_name) -> Tensor",
-    tags=_TAGS,
-)
-_LIBRARY.impl("backward_unavailable", _backward_unavailable, "CompositeExplicitAutograd")
-torch.library.register_fake(
-    "fp4::backward_unavailable",
-    lambda grad, shape, dtype, device, op_name: torch.empty(shape, dtype=dtype, device=device),
-    lib=_LIBRARY,
-)
+def _written(tensors: Iterable[Tensor]) -> None:
+    for t in tensors:
+        if not t.is_inference():  # those have no version counter
+            torch.autograd.graph.increment_version(t)

@@ -97,6 +97,8 @@ _context: ContextVar[Mapping[str, str] | None] = ContextVar("torch_fp4ops_backen
 def read_environment(known_ops: Mapping[str, Op]) -> None:
     """Read ``TORCH_FP4OPS_BACKEND`` (done once, when the package is imported); an op it doesn't know warns."""
     _environment.clear()
+    for op in known_ops.values():
+        op.forget()
     _environment.update(parse_overrides(os.environ.get(ENVIRONMENT_VARIABLE, "")))
     for name in _environment.keys() - known_ops.keys() - {"*"}:
         warnings.warn(
@@ -138,6 +140,11 @@ def _requested(op_name: str, call_backend: str) -> tuple[str, str]:
     return "auto", "auto"
 
 
+def overridden() -> bool:
+    """Whether a ``set_backend`` is in force."""
+    return _context.get() is not None
+
+
 def requested(op_name: str) -> str:
     """The backend that ``set_backend`` or the environment names for an op; "auto" where neither does."""
     return _requested(op_name, "auto")[0]
@@ -153,7 +160,7 @@ def choose(op: Op, call: Call, *, launch: bool = True) -> Decision:
         ValueError: the requested backend is none of this op's.
         BackendUnavailable: the requested backend can't take this call.
     """
-    if call.backend == "auto" and not _environment and _context.get() is None:
+    if call.backend == "auto" and not _environment and not overridden():
         name = "auto"
     else:
         name, who = _requested(op.name, call.backend)

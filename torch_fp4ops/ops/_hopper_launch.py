@@ -18,7 +18,7 @@ import triton
 from torch import Tensor
 
 from ..formats import BlockFormat
-from ._triton_launch import INTERPRETED, LAUNCH_OPTIONS, AotCase, device_guard, global_scale_form, rows_of_units
+from ._triton_launch import INTERPRETED, AotCase, global_scale_form, launch, rows_of_units
 
 __all__ = ["Way", "choose", "product", "unavailable"]
 
@@ -206,18 +206,15 @@ def multiply(
     if cut.parts > 1:
         sums = torch.empty(2 * cut.programs * way.rows * way.BM, dtype=torch.float32, device=out.device)
     sizes = (m, n, cut.tiles_m, cut.tiles_n, cut.trips)
-    with device_guard(out.device):
-        options = dict(LAUNCH_OPTIONS, num_warps=4)
-        most = _REGISTERS[way.RESIDENT][0]
-        matmul_kernel[(cut.programs,)](
-            x_desc, *weight_descs, out_desc, out, sums, alpha, *sizes, **constants, **options, maxnreg=most
-        )
-        if sums is not None:
-            rows = min(way.BM, 16)
-            grid = (cut.tiles_m * cut.tiles_n * (way.rows // 64), triton.cdiv(min(way.BM, m), rows))
-            shared = {key: constants[key] for key in ("BM", "BAND", "ALPHA", "FACTOR")}
-            shared |= {"SUBS": way.rows // 64, "ROWS": rows, "PARTS": cut.parts}
-            sum_parts_kernel[grid](sums, out, alpha, *sizes, cut.programs, **shared, **options)
+    args = (x_desc, *weight_descs, out_desc, out, sums, alpha, *sizes)
+    most = _REGISTERS[way.RESIDENT][0]
+    launch(matmul_kernel, (cut.programs,), 128, out.device, *args, max_registers=most, **constants)
+    if sums is not None:
+        rows = min(way.BM, 16)
+        grid = (cut.tiles_m * cut.tiles_n * (way.rows // 64), triton.cdiv(min(way.BM, m), rows))
+        shared = {key: constants[key] for key in ("BM", "BAND", "ALPHA", "FACTOR")}
+        shared |= {"SUBS": way.rows // 64, "ROWS": rows, "PARTS": cut.parts}
+        launch(sum_parts_kernel, grid, 128, out.device, sums, out, alpha, *sizes, cut.programs, **shared)
 
 
 @functools.cache

@@ -11,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .. import scale_layouts
+from .. import replay, scale_layouts
 from ..capture import refuse_first_use
 from ..contracts import Call
 
@@ -30,6 +30,7 @@ __all__ = [
 ]
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
+replay.ON_CPU = INTERPRETED
 
 LAYOUT_CODES = {scale_layouts.LINEAR: 0, scale_layouts.SWIZZLED_128X4: 1, scale_layouts.SWIZZLED_8X4: 2}
 """The constants of ``_triton_tiles`` that stand for the scale layouts."""
@@ -125,12 +126,35 @@ def device_guard(device: torch.device) -> Any:
 
 
 def launch(
-    kernel: Any, grid: tuple[int, ...], threads: int, device: torch.device, *args: Any, **constants: Any
+    kernel: Any,
+    grid: tuple[int, ...],
+    threads: int,
+    device: torch.device,
+    *args: Any,
+    max_registers: int | None = None,
+    **constants: Any,
 ) -> None:
-    """Launch a grid of programs of so many threads on a device, which need not be the current one."""
-    with device_guard(device):
-        num_warps = max(1, threads // _warp_size(device))
-        kernel[grid](*args, **constants, num_warps=num_warps, **LAUNCH_OPTIONS)
+    """Launch a grid of programs of so many threads on a device, which need not be the current one.
+
+    Every launch of a replayable backend is one of this function's.
+    """
+    options: dict[str, Any] = dict(LAUNCH_OPTIONS, num_warps=max(1, threads // _warp_size(device)))
+    if max_registers is not None:
+        options["maxnreg"] = max_registers
+    trace = replay.tracing()
+    with device_guard(device), trace.pause() if trace is not None else contextlib.nullcontext():
+        compiled = kernel[grid](*args, **constants, **options)
+    if trace is not None:
+        values = dict(zip(kernel.arg_names, args, strict=False), **constants)
+        again = kernel[grid] if INTERPRETED else _launcher(compiled, grid, device.index)
+        trace.launched(again, [values[name] for name in kernel.arg_names], addresses=not INTERPRETED)
+
+
+def _launcher(compiled: Any, grid: tuple[int, ...], device: int) -> Callable[..., None]:
+    """Launches a compiled kernel on a device's current stream, given values of all parameters."""
+    run = compiled[(*grid, 1, 1)[:3]]
+    current_stream = triton.runtime.driver.active.get_current_stream
+    return lambda *values: run(*values, stream=current_stream(device))
 
 
 def rows_of_units(x: Tensor, unit: int = 16) -> tuple[Tensor, int]:

@@ -60,7 +60,7 @@ def _unsupported(call: Call) -> str | None:
     return None
 
 
-@cutlass_fused_moe.backend("triton", unsupported=_unsupported)
+@cutlass_fused_moe.backend("triton", unsupported=_unsupported, replayable=True)
 def cutlass_fused_moe_triton(
     input: Tensor,
     token_selected_experts: Tensor,

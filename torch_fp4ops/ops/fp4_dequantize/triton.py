@@ -12,7 +12,7 @@ from .._triton_launch import why_not
 from . import fp4_dequantize
 
 
-@fp4_dequantize.backend("triton", unsupported=why_not)
+@fp4_dequantize.backend("triton", unsupported=why_not, replayable=True)
 def fp4_dequantize_triton(
     input: Tensor,
     scale: Tensor,

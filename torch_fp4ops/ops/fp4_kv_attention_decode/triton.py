@@ -144,7 +144,7 @@ def _in_units(caches: tuple[Tensor, ...], kv_layout: str) -> tuple[int, tuple[in
     return unit, tuple(s // unit for s in strides)
 
 
-@fp4_kv_attention_decode.backend("triton", unsupported=_why_not)
+@fp4_kv_attention_decode.backend("triton", unsupported=_why_not, replayable=True)
 def fp4_kv_attention_decode_triton(
     q: Tensor,
     k_cache: Tensor,

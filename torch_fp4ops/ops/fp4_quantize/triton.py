@@ -9,7 +9,7 @@ from .._triton_quantize import fp4_outputs, quantize_rows
 from . import fp4_quantize
 
 
-@fp4_quantize.backend("triton", unsupported=why_not)
+@fp4_quantize.backend("triton", unsupported=why_not, replayable=True)
 def fp4_quantize_triton(
     input: Tensor,
     global_scale: Tensor | None = None,

@@ -18,7 +18,7 @@ def _unsupported(call: Call) -> str | None:
     return reason
 
 
-@mm_bf16_fp4.backend("gluon", unsupported=_unsupported)
+@mm_bf16_fp4.backend("gluon", unsupported=_unsupported, replayable=True)
 def mm_bf16_fp4_gluon(
     a: Tensor,
     b: Tensor,

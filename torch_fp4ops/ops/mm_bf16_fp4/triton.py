@@ -21,7 +21,7 @@ def _unsupported(call: Call) -> str | None:
     return reads_plain(call) or why_not(call)
 
 
-@mm_bf16_fp4.backend("triton", unsupported=_unsupported)
+@mm_bf16_fp4.backend("triton", unsupported=_unsupported, replayable=True)
 def mm_bf16_fp4_triton(
     a: Tensor,
     b: Tensor,

@@ -11,7 +11,7 @@ from .._triton_dequantize import decoded
 from . import a_layout, mm_fp4
 
 
-@mm_fp4.backend("gluon", unsupported=why_not)
+@mm_fp4.backend("gluon", unsupported=why_not, replayable=True)
 def mm_fp4_gluon(
     a: Tensor,
     b: Tensor,

@@ -12,7 +12,7 @@ from ..mm_fp4 import a_layout
 from . import mm_mxfp8
 
 
-@mm_mxfp8.backend("gluon", unsupported=why_not)
+@mm_mxfp8.backend("gluon", unsupported=why_not, replayable=True)
 def mm_mxfp8_gluon(
     a: Tensor,
     b: Tensor,

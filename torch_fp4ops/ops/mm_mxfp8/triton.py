@@ -22,7 +22,7 @@ def _unsupported(call: Call) -> str | None:
     return reads_plain(call) or why_not(call)
 
 
-@mm_mxfp8.backend("triton", unsupported=_unsupported)
+@mm_mxfp8.backend("triton", unsupported=_unsupported, replayable=True)
 def mm_mxfp8_triton(
     a: Tensor,
     b: Tensor,

@@ -12,7 +12,7 @@ from .._triton_launch import why_not
 from . import mxfp8_dequantize
 
 
-@mxfp8_dequantize.backend("triton", unsupported=why_not)
+@mxfp8_dequantize.backend("triton", unsupported=why_not, replayable=True)
 def mxfp8_dequantize_triton(
     input: Tensor,
     scale_tensor: Tensor,

@@ -15,7 +15,7 @@ from .._triton_quantize import quantize_rows
 from . import mxfp8_quantize
 
 
-@mxfp8_quantize.backend("triton", unsupported=why_not)
+@mxfp8_quantize.backend("triton", unsupported=why_not, replayable=True)
 def mxfp8_quantize_triton(
     input: Tensor,
     is_sf_swizzled_layout: bool = True,

@@ -12,7 +12,7 @@ from .._triton_launch import why_not
 from . import nvfp4_kv_dequantize
 
 
-@nvfp4_kv_dequantize.backend("triton", unsupported=why_not)
+@nvfp4_kv_dequantize.backend("triton", unsupported=why_not, replayable=True)
 def nvfp4_kv_dequantize_triton(
     fp4_data: Tensor,
     block_scales: Tensor,

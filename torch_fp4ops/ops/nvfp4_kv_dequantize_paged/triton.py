@@ -160,7 +160,7 @@ def dequantize_paged_kernel(
     # fmt: on
 
 
-@nvfp4_kv_dequantize_paged.backend("triton", unsupported=why_not)
+@nvfp4_kv_dequantize_paged.backend("triton", unsupported=why_not, replayable=True)
 def nvfp4_kv_dequantize_paged_triton(
     k_cache: Tensor,
     v_cache: Tensor,

@@ -12,7 +12,7 @@ from .._triton_quantize import quantize_rows
 from . import nvfp4_kv_quantize
 
 
-@nvfp4_kv_quantize.backend("triton", unsupported=why_not)
+@nvfp4_kv_quantize.backend("triton", unsupported=why_not, replayable=True)
 def nvfp4_kv_quantize_triton(input: Tensor, global_scale: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
     *leading, k = input.shape
     codes = input.new_empty((*leading, k // 2), dtype=torch.uint8)

@@ -148,7 +148,7 @@ def _new_rows(x: Tensor, n: int) -> tuple[Tensor, int, int]:
     return x, strides[0] // 16, strides[1] // 16
 
 
-@nvfp4_kv_quantize_store.backend("triton", unsupported=why_not)
+@nvfp4_kv_quantize_store.backend("triton", unsupported=why_not, replayable=True)
 def nvfp4_kv_quantize_store_triton(
     append_key: Tensor,
     append_value: Tensor,

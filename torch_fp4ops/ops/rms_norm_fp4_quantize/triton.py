@@ -17,7 +17,7 @@ def _unsupported(call: Call) -> str | None:
     return why_not(call)
 
 
-@rms_norm_fp4_quantize.backend("triton", unsupported=_unsupported)
+@rms_norm_fp4_quantize.backend("triton", unsupported=_unsupported, replayable=True)
 def rms_norm_fp4_quantize_triton(
     input: Tensor,
     weight: Tensor | None,

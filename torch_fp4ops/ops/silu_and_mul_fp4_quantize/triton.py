@@ -9,7 +9,7 @@ from .._triton_quantize import fp4_outputs, quantize_rows
 from . import silu_and_mul_fp4_quantize
 
 
-@silu_and_mul_fp4_quantize.backend("triton", unsupported=why_not)
+@silu_and_mul_fp4_quantize.backend("triton", unsupported=why_not, replayable=True)
 def silu_and_mul_fp4_quantize_triton(
     input: Tensor,
     global_scale: Tensor | None = None,

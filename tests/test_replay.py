@@ -1,0 +1,196 @@
+"""When a call is replayed, and what makes one that can't be."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from torch_fp4ops import OPS, replay, set_backend
+from torch_fp4ops.capture import record_decisions
+from torch_fp4ops.contracts import Call, Out
+from torch_fp4ops.registry import op
+from torch_fp4ops.replay import Plan
+
+RUNS: list[str] = []
+
+
+def _contract(call: Call) -> Out:
+    call.require_rank("x", 2)
+    return Out(call.x.shape, call.x.dtype)
+
+
+def replay_probe(x: Tensor, y: Tensor | None = None, times: int = 1, *, backend: str = "auto") -> Tensor:
+    return x * times
+
+
+replay_probe.__annotations__ = {
+    "x": Tensor, "y": Tensor | None, "times": int, "backend": str, "return": Tensor
+}  # fmt: skip
+PROBE = op(contract=_contract)(replay_probe)
+OPS.pop("replay_probe")
+
+
+def _launch(out: Tensor, x: Tensor, factor: float) -> None:
+    """Stands for a kernel: it sees tensors where Triton sees addresses."""
+    trace = replay.tracing()
+
+    def kernel(target: Tensor, source: Tensor, by: float) -> None:
+        target.copy_(source * by)
+
+    if trace is None:
+        kernel(out, x, factor)
+    else:
+        with trace.pause():
+            kernel(out, x, factor)
+        trace.launched(kernel, [out, x, factor], addresses=False)
+
+
+def kernels(x: Tensor, y: Tensor | None = None, times: int = 1, *, backend: str = "auto") -> Tensor:
+    RUNS.append("kernels")
+    first, out = torch.empty_like(x), x.new_empty(x.shape)
+    _launch(first, x if y is None else y, 3.0)
+    # The lower half of the rows by themselves: a place within an allocation.
+    half = x.shape[0] // 2
+    _launch(out[half:], first[half:], 2.0 * times)
+    _launch(out[:half], first[:half], 2.0 * times)
+    return out.view(-1).view(x.shape)
+
+
+def copies(x: Tensor, y: Tensor | None = None, times: int = 1, *, backend: str = "auto") -> Tensor:
+    RUNS.append("copies")
+    out = torch.empty_like(x)
+    _launch(out, x.clone(), float(times))
+    return out
+
+
+for backend in (kernels, copies):
+    backend.__annotations__ = replay_probe.__annotations__
+    PROBE.backend(backend.__name__, unsupported=lambda call: None, replayable=True)(backend)
+
+
+@pytest.fixture(autouse=True)
+def on_cpu(monkeypatch):
+    monkeypatch.setattr(replay, "ON_CPU", True)
+    PROBE.forget()
+    RUNS.clear()
+    yield
+    PROBE.forget()
+
+
+def call(x: Tensor, *args, backend: str = "kernels") -> Tensor:
+    return PROBE.default(x, *args, backend=backend)
+
+
+def test_the_third_call_of_a_kind_is_replayed():
+    for i in range(5):
+        x = torch.full((4, 3), float(i))
+        out = call(x)
+        assert torch.equal(out, x * 6) and out.data_ptr() != x.data_ptr()
+    assert RUNS == ["kernels"] * 2
+    ((run, written),) = PROBE._known.values()
+    assert type(run) is Plan and written == []
+
+
+def test_an_output_of_a_replay_is_its_own():
+    x = torch.ones(4, 3)
+    outs = [call(x * i) for i in range(5)]
+    assert len({o.untyped_storage().data_ptr() for o in outs}) == 5
+    assert [float(o[0, 0]) for o in outs] == [0, 6, 12, 18, 24]
+
+
+def test_kinds_differ_by_metadata_and_arguments():
+    x = torch.ones(4, 3)
+    kinds = (
+        lambda: call(x),
+        lambda: call(x.double()),
+        lambda: call(torch.ones(3, 4).t()),
+        lambda: call(torch.ones(6, 3)),
+        lambda: call(torch.ones(13)[1:].view(4, 3)),  # another alignment
+        lambda: call(x, None, 2),
+        lambda: call(x, torch.ones(4, 3)),
+    )
+    for kind in kinds:
+        RUNS.clear()
+        for _ in range(4):
+            kind()
+        assert RUNS == ["kernels"] * 2
+
+
+def test_what_copies_is_not_replayed_but_its_backend_is_remembered(monkeypatch):
+    checks = []
+    monkeypatch.setattr(PROBE, "_check", lambda *a, check=PROBE._check: checks.append(1) or check(*a))
+    for i in range(4):
+        x = torch.full((4, 3), float(i))
+        assert torch.equal(call(x, backend="copies"), x)
+    assert RUNS == ["copies"] * 4
+    ((run, _),) = PROBE._known.values()
+    assert type(run) is not Plan
+
+
+def test_one_tensor_twice_is_not_replayed():
+    """The next call may have two."""
+    x = torch.ones(4, 3)
+    for _ in range(4):
+        call(x, x)
+    assert RUNS == ["kernels"] * 4
+    y = torch.full((4, 3), 5.0)
+    assert torch.equal(call(x, y), y * 6)
+
+
+@pytest.mark.parametrize("context", [lambda: set_backend("kernels"), record_decisions])
+def test_choices_and_records_see_every_call(context):
+    x = torch.ones(4, 3)
+    with context():
+        for _ in range(4):
+            call(x)
+    assert RUNS == ["kernels"] * 4
+    assert not PROBE._known
+
+
+def test_what_is_forgotten_is_worked_out_anew():
+    x = torch.ones(4, 3)
+    for _ in range(3):
+        call(x)
+    PROBE.forget()
+    call(x)
+    assert RUNS == ["kernels"] * 3
+
+
+def test_a_new_backend_and_the_environment_make_it_forget(monkeypatch):
+    from torch_fp4ops.selection import read_environment
+
+    x = torch.ones(4, 3)
+    for _ in range(3):
+        call(x)
+    assert PROBE._known
+    read_environment({"replay_probe": PROBE})
+    assert not PROBE._known
+
+
+def test_kinds_are_bounded(monkeypatch):
+    from torch_fp4ops import registry
+
+    monkeypatch.setattr(registry, "_MOST_KINDS", 8)
+    for n in range(1, 30):
+        for _ in range(3):
+            call(torch.ones(n, 3))
+    assert len(PROBE._known) <= 8 and len(PROBE._seen) <= 10
+
+
+def test_bad_input_is_refused_every_time():
+    for _ in range(4):
+        with pytest.raises(ValueError, match="x is of shape"):
+            call(torch.ones(3))
+
+
+def test_without_grad_and_with_it():
+    x = torch.ones(4, 3)
+    for context in (torch.no_grad, torch.inference_mode, torch.enable_grad):
+        with context():
+            for _ in range(4):
+                assert torch.equal(call(x), x * 6)
+    y = x.clone().requires_grad_()
+    for _ in range(4):
+        with pytest.raises(NotImplementedError, match="has no backward"):
+            call(y).sum().backward()
