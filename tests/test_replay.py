@@ -138,14 +138,25 @@ def test_one_tensor_twice_is_not_replayed():
     assert torch.equal(call(x, y), y * 6)
 
 
-@pytest.mark.parametrize("context", [lambda: set_backend("kernels"), record_decisions])
-def test_choices_and_records_see_every_call(context):
+def test_records_see_every_call():
     x = torch.ones(4, 3)
-    with context():
+    with record_decisions() as decisions:
         for _ in range(4):
             call(x)
-    assert RUNS == ["kernels"] * 4
-    assert not PROBE._known
+    assert RUNS == ["kernels"] * 4 and not PROBE._known
+    assert "4 x" in str(decisions)
+
+
+def test_a_choice_of_backend_makes_kinds_of_its_own():
+    x = torch.ones(4, 3)
+    for _ in range(2):
+        for name in ("copies", "kernels"):
+            with set_backend(name):
+                for _ in range(3):
+                    PROBE.default(x)
+    # "copies" runs at every call, "kernels" at the first two.
+    assert "".join(name[0] for name in RUNS) == "ccckkccc"
+    assert len(PROBE._known) == 2
 
 
 def test_what_is_forgotten_is_worked_out_anew():

@@ -21,7 +21,7 @@ from .codecs import as_bytes
 from .contracts import Call, Out
 from .no_backward import INFERENCE_ONLY, NoBackward, any_requires_grad
 from .replay import Plan, Trace, kind_of
-from .selection import Decision, Preference, choose, overridden
+from .selection import Decision, Preference, choose, overridden, requested
 
 __all__ = ["OPS", "Backend", "Op", "op"]
 
@@ -133,9 +133,11 @@ class Op(WithBackends):
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         device = (args[0] if args else kwargs[self._names[0]]).get_device()
-        if (device < 0 and not replay.ON_CPU) or overridden() or recorder.get() is not None:
+        if (device < 0 and not replay.ON_CPU) or recorder.get() is not None:
             return self._run_checked(args, kwargs)
         kind, given = kind_of(args, kwargs)
+        if overridden():
+            kind = (requested(self.name), *kind)
         known = self._known.get(kind)
         if known is None or (device >= 0 and device != torch.cuda.current_device()):
             return self._run_of_unknown_kind(kind, given, args, kwargs)

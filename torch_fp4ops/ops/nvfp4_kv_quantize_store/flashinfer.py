@@ -17,6 +17,7 @@ _FUNCTION = "nvfp4_quantize_append_paged_kv_cache_with_slot_mapping"
 KERNELS = {
     "flashinfer": _flashinfer.Kernel(_FUNCTION, (80, 86, 89, 90, 100, 103, 107, 110, 120, 121), modules="page"),
 }
+_HEAD_DIMS = (64, 128, 256, 512)
 
 
 def _unsupported(call: Call, name: str) -> str | None:
@@ -24,6 +25,8 @@ def _unsupported(call: Call, name: str) -> str | None:
         return "FlashInfer writes NVFP4 caches only"
     if call.append_key.dtype == torch.float32:
         return "FlashInfer takes bfloat16 and float16, not float32"
+    if call.append_key.shape[2] not in _HEAD_DIMS:
+        return f"FlashInfer's kernel is for head dimensions of {_HEAD_DIMS}, not {call.append_key.shape[2]}"
     if not call.slot_mapping.shape[0] * call.append_key.shape[1] or not call.k_cache.numel():
         return "FlashInfer's kernel needs a row and a cache"
     return None
