@@ -68,6 +68,16 @@ def _compiles_for_cuda(_semantic=None):
 
 
 @triton.jit
+def wide_product(a, b):
+    """Of 32 bits without a sign, or of any b >= 0, in 64."""
+    if not p.INTERPRETED and _compiles_for_cuda() and b.dtype == tl.int32:
+        # One instruction; b widened ahead of a loop, of which the compiler forgets what it was, makes it three.
+        return tl.inline_asm_elementwise("mul.wide.u32 $0, $1, $2;", "=l,r,r", [a, b], tl.int64, True, 1)
+    else:
+        return a.to(tl.int64) * b
+
+
+@triton.jit
 def low_halves(a, b):
     """Words of the low halves of two."""
     if not p.INTERPRETED and _compiles_for_cuda():

@@ -65,30 +65,28 @@ def value_of_summand(n, WORDS: tl.constexpr, PER: tl.constexpr, RUN: tl.constexp
 def words(start, there, WORDS: tl.constexpr, ALIGNED: tl.constexpr):
     """``[R, WORDS]`` words of rows of bytes that start at multiples of ALIGNED; where a mask is given, zeros where it
     says that no row is."""
-    mask = None
-    other = None
-    if there is not None:
-        mask = there[:, None]
-        other = 0
     col = tl.arange(0, WORDS)[None, :]
     if ALIGNED >= 4:
-        return tl.load(start.to(tl.pointer_type(tl.uint32), bitcast=True)[:, None] + col, mask=mask, other=other)
+        return _load(start.to(tl.pointer_type(tl.uint32), bitcast=True)[:, None] + col, there)
     else:
         word = tl.zeros((start.shape[0], WORDS), tl.uint32)
         for i in tl.static_range(4):
-            byte = tl.load(start[:, None] + (col * 4 + i), mask=mask, other=other)
-            word |= byte.to(tl.uint32) << (8 * i)
+            word |= _load(start[:, None] + (col * 4 + i), there).to(tl.uint32) << (8 * i)
         return word
 
 
 @triton.jit
 def scales(start, there, COUNT: tl.constexpr):
-    """Bytes of block scales ``[R, COUNT]`` of rows that start there, with a mask as that of :func:`words`."""
-    place = start[:, None] + tl.arange(0, COUNT)[None, :]
+    """Bytes of block scales ``[R, COUNT]``, with a mask as that of :func:`words`."""
+    return _load(start[:, None] + tl.arange(0, COUNT)[None, :], there).to(tl.uint32)
+
+
+@triton.jit
+def _load(place, there):
     if there is None:
-        return tl.load(place).to(tl.uint32)
+        return tl.load(place)
     else:
-        return tl.load(place, mask=there[:, None], other=0).to(tl.uint32)
+        return tl.load(place, mask=there[:, None], other=0)
 
 
 @triton.jit

@@ -42,7 +42,7 @@ def _rows(ptr, page, entry, head, strides, ALIGNED: tl.constexpr):
     """Where tokens' rows start. All but the page's part stays the same from tile to tile."""
     page_stride, entry_stride, head_stride = strides
     start = ptr + (entry.to(tl.int64) * entry_stride + head * head_stride)
-    return tl.multiple_of(start + page.to(tl.int64) * page_stride, ALIGNED)
+    return tl.multiple_of(start + pairs.wide_product(page, page_stride), ALIGNED)
 
 
 @triton.jit
@@ -56,11 +56,12 @@ def _tile(
     ``first + BN`` added."""
     W: tl.constexpr = D // PER
     token = first + tl.arange(0, BN)
-    page = tl.load(table_ptr + token // PAGE_SIZE, mask=(token >= start) & (token < end), other=-1)
-    there = (page >= 0) & (page < pages)
+    there = (token >= start) & (token < end)
+    page = tl.load(table_ptr + token // PAGE_SIZE, mask=there, other=0).to(tl.uint32, bitcast=True)
+    there = there & (page < pages.to(tl.uint32, bitcast=True))
     # Some page is read for every token, which takes no masks: the weights of those that aren't there are 0. Only what
     # is not finite would still count.
-    page = tl.minimum(page.to(tl.uint32, bitcast=True), (pages - 1).to(tl.uint32)).to(tl.int32, bitcast=True)
+    page = tl.minimum(page, (pages - 1).to(tl.uint32, bitcast=True))
     finite = there if FORMAT == "plain" else None
     if BN % PAGE_SIZE == 0:
         entry = tl.arange(0, BN) % PAGE_SIZE
@@ -82,7 +83,9 @@ def _tile(
     base = tl.where(most == -float("inf"), 0.0, most)
     weights = tl.exp2(s - base[None, :])
     rescale = tl.exp2(m - base)
-    total = tl.fma(total, tl.broadcast_to(rescale[None, :], total.shape), weights)
+    # Rows 8 apart are one thread's.
+    own = tl.sum(tl.reshape(weights, (BN // 8, 8, weights.shape[1])), 0)
+    total = tl.fma(total, tl.broadcast_to(rescale[None, :], total.shape), own)
     v = c.values(v_words, v_scale, PER, RUN, FORMAT, DTYPE)
     acc = _dot(v, c.paired(p.round_to(weights, DTYPE), RUN), acc * rescale[None, :])
     return most, total, acc
@@ -171,7 +174,7 @@ def attend_kernel(
     q = pairs.load_16_bits(q_start[None, :] + summand[:, None], (row < GROUP)[None, :])
     table_ptr += sequence * table_row
     m = tl.full((ROWS,), -float("inf"), tl.float32)
-    total = tl.zeros((BN, ROWS), tl.float32)
+    total = tl.zeros((8, ROWS), tl.float32)
     acc = tl.zeros((D, ROWS), tl.float32)
     k_strides, v_strides = (k_page, k_entry, k_head), (v_page, v_entry, v_head)
     k_sf_strides, v_sf_strides = (k_sf_page, k_sf_entry, k_sf_head), (v_sf_page, v_sf_entry, v_sf_head)
