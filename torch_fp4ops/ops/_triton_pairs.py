@@ -172,6 +172,14 @@ def e4m3_pair(words, i: tl.constexpr, DTYPE: tl.constexpr = tl.bfloat16, NAN: tl
 
 
 @triton.jit
+def ue8m0_pair(words):
+    """Bytes 0 and 2 of words, all else of which is 0, in bfloat16; 255 is NaN, 2^-127 is subnormal."""
+    # Bytes 0 and 255 have the topmost bit of the mantissa set.
+    neither = (words + 0x00010001) & 0x00FE00FE
+    return (words << 7) | (((0x01000100 - neither) >> 2) & 0x00400040)
+
+
+@triton.jit
 def load_16_bits(pointers, mask):
     """float16 or bfloat16, zeros where the mask is off; the interpreter has fp32 for bfloat16."""
     if p.INTERPRETED and pointers.dtype.element_ty == tl.bfloat16:

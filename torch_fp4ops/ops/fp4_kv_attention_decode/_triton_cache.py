@@ -26,7 +26,6 @@ import triton
 import triton.language as tl
 
 from .. import _triton_pairs as pairs
-from .. import _triton_prims as p
 
 __all__ = [
     "in_row_order",
@@ -106,10 +105,11 @@ def _pair_of_scales(scale, FORMAT: tl.constexpr, DTYPE: tl.constexpr):
     """Bytes of ``[R, COUNT]`` block scales to pairs of a row and of the one half a tile on, ``[R / 2, COUNT]``, as
     what :func:`_scaled` multiplies by."""
     lo, hi = pairs.front_back_rows(scale)
+    word = lo | (hi << 16)
     if FORMAT != "nvfp4":
-        return pairs.pack_halves(p.decode_ue8m0(lo), p.decode_ue8m0(hi), DTYPE)
+        return pairs.ue8m0_pair(word)
     else:
-        word = pairs.e4m3_pair(lo | (hi << 16), 0, DTYPE)
+        word = pairs.e4m3_pair(word, 0, DTYPE)
         if DTYPE == tl.float16:
             return _times(word, 0x78007800, DTYPE)  # 2^15: 2^8 for the scale's bits, 2^14 for the codes', 2^-7
         else:
