@@ -17,6 +17,19 @@ _MULTIPLY_BF16: tl.constexpr = tl.constexpr(
     "{ .reg .b32 zero; mov.b32 zero, 0x80008000; fma.rn.bf16x2 $0, $1, $2, zero; }"
 )
 
+# Operations on bits take twice the cycles of others on NVIDIA's GPUs, and a product of integers is none, so shifts are
+# products (the assembler's choice for shl) and masks are few. Codes 0 and 2: the product has the magnitude and the sign
+# where they belong, and a mask the rest away. Codes 1 and 3: their signs are cut out at once; the last operation takes
+# the magnitude from one word and all else, which is the sign, from the other.
+_E2M1_TO_BF16: tl.constexpr = tl.constexpr(
+    """{ .reg .b32 upper, odd, code, sign;
+    shr.u32 upper, $4, 6; and.b32 odd, $4, 0x80808080;
+    and.b32 code, $4, 0x000F000F; mul.lo.u32 code, code, 0x1040; and.b32 $0, code, 0x81C081C0;
+    shl.b32 code, $4, 2; shl.b32 sign, odd, 8; lop3.b32 $1, code, sign, 0x01C001C0, 0xE4;
+    and.b32 code, upper, 0x003C003C; mul.lo.u32 code, code, 0x410; and.b32 $2, code, 0x81C081C0;
+    lop3.b32 $3, upper, odd, 0x01C001C0, 0xE4; }"""
+)
+
 
 @triton.jit
 def halves(pair, DTYPE: tl.constexpr):
@@ -52,6 +65,34 @@ def pack_halves(lo, hi, DTYPE: tl.constexpr):
 def _compiles_for_cuda(_semantic=None):
     """Whether the target that is compiled for, which need not be this machine's GPU, is NVIDIA's."""
     return tl.constexpr(getattr(_semantic.builder.options, "backend_name", "") == "cuda")
+
+
+@triton.jit
+def wide_product(a, b):
+    """Of 32 bits without a sign, or of any b >= 0, in 64."""
+    if not p.INTERPRETED and _compiles_for_cuda() and b.dtype == tl.int32:
+        # One instruction; b widened ahead of a loop, of which the compiler forgets what it was, makes it three.
+        return tl.inline_asm_elementwise("mul.wide.u32 $0, $1, $2;", "=l,r,r", [a, b], tl.int64, True, 1)
+    else:
+        return a.to(tl.int64) * b
+
+
+@triton.jit
+def low_halves(a, b):
+    """Words of the low halves of two."""
+    if not p.INTERPRETED and _compiles_for_cuda():
+        return tl.inline_asm_elementwise("prmt.b32 $0, $1, $2, 0x5410;", "=r,r,r", [a, b], tl.uint32, True, 1)
+    else:
+        return (a & 0xFFFF) | (b << 16)
+
+
+@triton.jit
+def high_halves(a, b):
+    """Words of the high halves of two."""
+    if not p.INTERPRETED and _compiles_for_cuda():
+        return tl.inline_asm_elementwise("prmt.b32 $0, $1, $2, 0x7632;", "=r,r,r", [a, b], tl.uint32, True, 1)
+    else:
+        return (a >> 16) | (b & 0xFFFF0000)
 
 
 @triton.jit
@@ -94,21 +135,48 @@ def e2m1_pair(words, i: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def e4m3_pair(words, i: tl.constexpr, NAN: tl.constexpr = True):
-    """Bytes i and i + 2 of words: the values over 2^120 in bfloat16, subnormals included, or NaN.
+def e2m1_pairs(words, DTYPE: tl.constexpr):
+    """All four of :func:`e2m1_pair`."""
+    if DTYPE == tl.bfloat16 and not p.INTERPRETED and _compiles_for_cuda():
+        return tl.inline_asm_elementwise(_E2M1_TO_BF16, "=&r,=&r,=&r,=&r,r", [words], (tl.uint32,) * 4, True, 1)
+    else:
+        return (
+            e2m1_pair(words, 0, DTYPE),
+            e2m1_pair(words, 1, DTYPE),
+            e2m1_pair(words, 2, DTYPE),
+            e2m1_pair(words, 3, DTYPE),
+        )
+
+
+@triton.jit
+def e4m3_pair(words, i: tl.constexpr, DTYPE: tl.constexpr = tl.bfloat16, NAN: tl.constexpr = True):
+    """Bytes i and i + 2 of words: the values over 2^120 in bfloat16, over 2^8 in float16, subnormals included, or NaN.
 
     Without NAN, 0x7F is 480, which saves half of the work.
     """
+    HALF: tl.constexpr = DTYPE == tl.float16
+    SHIFT: tl.constexpr = 7 if HALF else 4
+    CODES: tl.constexpr = 0x3F803F80 if HALF else 0x07F007F0
     if i == 0:
-        sign, code = (words << 8) & 0x80008000, (words << 4) & 0x07F007F0
+        sign, code = (words << 8) & 0x80008000, (words << SHIFT) & CODES
     else:
-        sign, code = words & 0x80008000, (words >> 4) & 0x07F007F0
+        sign, code = words & 0x80008000, (words >> (8 - SHIFT)) & CODES
     pair = sign | code
     if NAN:
-        # 0x7F, and only that, carries into bit 11: it becomes an exponent of ones, with a mantissa: NaN.
-        nan = (code + 0x00100010) & 0x08000800
-        pair = pair | ((nan << 4) - (nan >> 4))
+        # 0x7F, and only that, carries into the bit above: it gets an exponent of ones, and has a mantissa: NaN.
+        if HALF:
+            pair |= (code + 0x00800080) & 0x40004000
+        else:
+            pair += ((code + 0x00100010) & 0x08000800) * 15
     return pair
+
+
+@triton.jit
+def ue8m0_pair(words):
+    """Bytes 0 and 2 of words, all else of which is 0, in bfloat16; 255 is NaN, 2^-127 is subnormal."""
+    # Bytes 0 and 255 have the topmost bit of the mantissa set.
+    neither = (words + 0x00010001) & 0x00FE00FE
+    return (words << 7) | (((0x01000100 - neither) >> 2) & 0x00400040)
 
 
 @triton.jit

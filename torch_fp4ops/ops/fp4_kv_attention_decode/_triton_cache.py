@@ -26,7 +26,6 @@ import triton
 import triton.language as tl
 
 from .. import _triton_pairs as pairs
-from .. import _triton_prims as p
 
 __all__ = [
     "in_row_order",
@@ -62,32 +61,31 @@ def value_of_summand(n, WORDS: tl.constexpr, PER: tl.constexpr, RUN: tl.constexp
 
 
 @triton.jit
-def words(ptr, row, there, WORDS: tl.constexpr, ALIGNED: tl.constexpr):
-    """``[R, WORDS]`` words of rows that start at ``row`` units of ALIGNED bytes; zeros where no row is."""
+def words(start, there, WORDS: tl.constexpr, ALIGNED: tl.constexpr):
+    """``[R, WORDS]`` words of rows of bytes that start at multiples of ALIGNED; where a mask is given, zeros where it
+    says that no row is."""
     col = tl.arange(0, WORDS)[None, :]
     if ALIGNED >= 4:
-        start = ptr.to(tl.pointer_type(tl.uint32)) + (row * (ALIGNED // 4))[:, None]
-        return tl.load(start + col, mask=there[:, None], other=0)
+        return _load(start.to(tl.pointer_type(tl.uint32), bitcast=True)[:, None] + col, there)
     else:
-        start = ptr + (row * ALIGNED)[:, None] + col * 4
-        word = tl.zeros((row.shape[0], WORDS), tl.uint32)
+        word = tl.zeros((start.shape[0], WORDS), tl.uint32)
         for i in tl.static_range(4):
-            word |= tl.load(start + i, mask=there[:, None], other=0).to(tl.uint32) << (8 * i)
+            word |= _load(start[:, None] + (col * 4 + i), there).to(tl.uint32) << (8 * i)
         return word
 
 
 @triton.jit
-def scales(ptr, row, there, COUNT: tl.constexpr, ALIGNED: tl.constexpr, FORMAT: tl.constexpr):
-    """fp32 block scales ``[R, COUNT]``, E4M3 over 2^120, of rows that start at ``row`` units of ALIGNED bytes."""
-    place = (row * ALIGNED)[:, None] + tl.arange(0, COUNT)[None, :]
-    byte = tl.load(ptr + place, mask=there[:, None], other=0).to(tl.uint32)
-    if FORMAT == "nvfp4":
-        code = (byte << 24).to(tl.int32, bitcast=True)
-        # Shifted arithmetically, the sign stays on top.
-        scale = ((code >> 4) & ~0x780FFFFF).to(tl.float32, bitcast=True)
-        return tl.where((code & 0x7F000000) == 0x7F000000, float("nan"), scale)
+def scales(start, there, COUNT: tl.constexpr):
+    """Bytes of block scales ``[R, COUNT]``, with a mask as that of :func:`words`."""
+    return _load(start[:, None] + tl.arange(0, COUNT)[None, :], there).to(tl.uint32)
+
+
+@triton.jit
+def _load(place, there):
+    if there is None:
+        return tl.load(place)
     else:
-        return p.decode_ue8m0(byte)
+        return tl.load(place, mask=there[:, None], other=0)
 
 
 @triton.jit
@@ -103,15 +101,33 @@ def _spread(scale, WORDS: tl.constexpr):
 
 
 @triton.jit
-def _pair_of_scales(lo, hi, FORMAT: tl.constexpr, DTYPE: tl.constexpr):
-    """Block scales of the low and the high values, as what :func:`_scaled` multiplies by."""
-    if FORMAT == "nvfp4" and DTYPE == tl.float16:
-        lo, hi = lo * 2.0**127, hi * 2.0**127  # 2^120 for the scale's bits, 2^14 for the codes', 2^-7
-    word = pairs.pack_halves(lo, hi, DTYPE)
-    if FORMAT == "nvfp4" and DTYPE == tl.bfloat16:
-        word = pairs.join_halves(*pairs.multiply_halves(word, _all(word, 0x7B807B80), DTYPE), DTYPE)  # 2^120
-        word = pairs.join_halves(*pairs.multiply_halves(word, _all(word, 0x7A807A80), DTYPE), DTYPE)  # 2^126 2^-8
-    return word
+def _pair_of_scales(scale, FORMAT: tl.constexpr, DTYPE: tl.constexpr):
+    """Bytes of ``[R, COUNT]`` block scales to pairs of a row and of the one half a tile on, ``[R / 2, COUNT]``, as
+    what :func:`_scaled` multiplies by."""
+    lo, hi = pairs.front_back_rows(scale)
+    word = lo | (hi << 16)
+    if FORMAT != "nvfp4":
+        return pairs.ue8m0_pair(word)
+    else:
+        word = pairs.e4m3_pair(word, 0, DTYPE)
+        if DTYPE == tl.float16:
+            return _times(word, 0x78007800, DTYPE)  # 2^15: 2^8 for the scale's bits, 2^14 for the codes', 2^-7
+        else:
+            return _times(_times(word, 0x7B807B80, DTYPE), 0x7A807A80, DTYPE)  # 2^120, and 2^126 2^-8
+
+
+@triton.jit
+def _times(word, FACTORS: tl.constexpr, DTYPE: tl.constexpr):
+    return pairs.join_halves(*pairs.multiply_halves(word, _all(word, FACTORS), DTYPE), DTYPE)
+
+
+@triton.jit
+def _of_both(pair):
+    """The halves of such pairs, each in both halves of a word: ``[R, COUNT]``."""
+    R: tl.constexpr = pair.shape[0]
+    COUNT: tl.constexpr = pair.shape[1]
+    both = tl.join(pairs.low_halves(pair, pair), pairs.high_halves(pair, pair))
+    return tl.reshape(tl.permute(both, (2, 0, 1)), (2 * R, COUNT))
 
 
 @triton.jit
@@ -120,19 +136,24 @@ def _all(words, WORD: tl.constexpr):
 
 
 @triton.jit
-def _scaled(words, i, scales, FORMAT: tl.constexpr, DTYPE: tl.constexpr):
-    """Value i of the low and of the high half words, times the scales' halves."""
+def _scaled(words, scales, FORMAT: tl.constexpr, DTYPE: tl.constexpr):
+    """All values of the low and of the high half words, times the scales' halves: a tuple of pairs, joined."""
     if FORMAT == "plain":
-        return pairs.halves(words, DTYPE)
+        return (tl.join(*pairs.halves(words, DTYPE)),)
     elif FORMAT == "e4m3":
-        return pairs.multiply_halves(pairs.e4m3_pair(words, i, NAN=False), _all(words, 0x7B807B80), DTYPE)  # 2^120
-    elif FORMAT == "nvfp4":
-        return pairs.multiply_halves(pairs.e2m1_pair(words, i, DTYPE), scales, DTYPE)
+        first = pairs.multiply_halves(pairs.e4m3_pair(words, 0, NAN=False), _all(words, 0x7B807B80), DTYPE)  # 2^120
+        second = pairs.multiply_halves(pairs.e4m3_pair(words, 1, NAN=False), _all(words, 0x7B807B80), DTYPE)
+        return tl.join(*first), tl.join(*second)
     else:
-        # A scale may need all of bfloat16's range: no room for the codes' unit.
-        pair = pairs.e2m1_pair(words, i, DTYPE)
-        lo, hi = pairs.multiply_halves(pair, _all(words, 0x7E807E80), DTYPE)  # 2^126
-        return pairs.multiply_halves(pairs.join_halves(lo, hi, DTYPE), scales, DTYPE)
+        codes = pairs.e2m1_pairs(words, DTYPE)
+        parts = ()
+        for i in tl.static_range(4):
+            pair = codes[i]
+            if FORMAT != "nvfp4":
+                # A scale may need all of bfloat16's range: no room for the codes' unit.
+                pair = _times(pair, 0x7E807E80, DTYPE)  # 2^126
+            parts += (tl.join(*pairs.multiply_halves(pair, scales, DTYPE)),)
+        return parts
 
 
 @triton.jit
@@ -163,11 +184,8 @@ def keys(words, scale, PER: tl.constexpr, RUN: tl.constexpr, FORMAT: tl.constexp
     SCALED: tl.constexpr = FORMAT != "plain" and FORMAT != "e4m3"
     scales = words
     if SCALED:
-        scales = _spread(_pair_of_scales(scale, scale, FORMAT, DTYPE), W)
-    parts = ()
-    for i in tl.static_range(H):
-        lo, hi = _scaled(words, i, scales, FORMAT, DTYPE)
-        parts += (tl.join(lo, hi),)
+        scales = _spread(_of_both(_pair_of_scales(scale, FORMAT, DTYPE)), W)
+    parts = _scaled(words, scales, FORMAT, DTYPE)
     # Tokens (half, sixteenth, 8), then words (4, W / 4), pairs and their halves.
     k = tl.reshape(_stack(parts, H), (2, BN // 16, 8, 4, W // 4, 2, H))
     k = tl.reshape(tl.permute(k, (1, 0, 2, 3, 4, 6, 5)), (BN, 4, W * H // (4 * RUN), RUN, 2))
@@ -179,22 +197,13 @@ def values(words, scale, PER: tl.constexpr, RUN: tl.constexpr, FORMAT: tl.conste
     """Words ``[BN, W]`` and their scales to v.T ``[D, BN]``; columns as the rows of :func:`paired`."""
     BN: tl.constexpr = words.shape[0]
     W: tl.constexpr = words.shape[1]
-    H: tl.constexpr = PER // 2
     SCALED: tl.constexpr = FORMAT != "plain" and FORMAT != "e4m3"
     first, second = pairs.front_back_rows(words)
     scales = first
     if SCALED:
-        scale_first, scale_second = pairs.front_back_rows(scale)
-        scales = _spread(_pair_of_scales(scale_first, scale_second, FORMAT, DTYPE), W)
-    low = (first & 0xFFFF) | (second << 16)
-    high = (first >> 16) | (second & 0xFFFF0000)
-    parts = ()
-    for i in tl.static_range(PER):
-        if i < H:
-            lo, hi = _scaled(low, i, scales, FORMAT, DTYPE)
-        else:
-            lo, hi = _scaled(high, i - H, scales, FORMAT, DTYPE)
-        parts += (tl.join(lo, hi),)
+        scales = _spread(_pair_of_scales(scale, FORMAT, DTYPE), W)
+    low, high = pairs.low_halves(first, second), pairs.high_halves(first, second)
+    parts = _scaled(low, scales, FORMAT, DTYPE) + _scaled(high, scales, FORMAT, DTYPE)
     v = tl.reshape(_stack(parts, PER), (BN // (8 * RUN), RUN, 4, 8, W // 8, 2, PER))
     return tl.reshape(tl.permute(v, (6, 4, 3, 0, 2, 1, 5)), (W * PER, BN))
 

@@ -38,10 +38,11 @@ def _dot(a, b, acc):
 
 
 @triton.jit
-def _row(page, entry, head, strides):
-    """Where a token's row starts, in units."""
+def _rows(ptr, page, entry, head, strides, ALIGNED: tl.constexpr):
+    """Where tokens' rows start. All but the page's part stays the same from tile to tile."""
     page_stride, entry_stride, head_stride = strides
-    return page * page_stride + entry.to(tl.int64) * entry_stride + head * head_stride
+    start = ptr + (entry.to(tl.int64) * entry_stride + head * head_stride)
+    return tl.multiple_of(start + pairs.wide_product(page, page_stride), ALIGNED)
 
 
 @triton.jit
@@ -49,27 +50,30 @@ def _tile(
     first, m, total, acc, q, k_ptr, v_ptr, k_sf_ptr, v_sf_ptr, table_ptr, start, end, pages, factor, cap, head,
     k_strides, v_strides, k_sf_strides, v_sf_strides, FORMAT: tl.constexpr, DTYPE: tl.constexpr, PER: tl.constexpr,
     RUN: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, PAGE_SIZE: tl.constexpr, CAP: tl.constexpr,
-    ALIKE: tl.constexpr, ALIGNED: tl.constexpr, SF_ALIGNED: tl.constexpr, BN: tl.constexpr,
+    ALIGNED: tl.constexpr, SF_ALIGNED: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Maxima, sums of weights, row by row of the tile, and weighted sums of values, with tokens ``first`` to
     ``first + BN`` added."""
     W: tl.constexpr = D // PER
     token = first + tl.arange(0, BN)
     there = (token >= start) & (token < end)
-    page = tl.load(table_ptr + token // PAGE_SIZE, mask=there, other=-1)
-    there = there & (page >= 0) & (page < pages)
-    page = page.to(tl.int64)
-    entry = token % PAGE_SIZE
+    page = tl.load(table_ptr + token // PAGE_SIZE, mask=there, other=0).to(tl.uint32, bitcast=True)
+    there = there & (page < pages.to(tl.uint32, bitcast=True))
+    # Some page is read for every token, which takes no masks: the weights of those that aren't there are 0. Only what
+    # is not finite would still count.
+    page = tl.minimum(page, (pages - 1).to(tl.uint32, bitcast=True))
+    finite = there if FORMAT == "plain" else None
+    if BN % PAGE_SIZE == 0:
+        entry = tl.arange(0, BN) % PAGE_SIZE
+    else:
+        entry = token % PAGE_SIZE
 
-    k_row, k_sf_row = _row(page, entry, head, k_strides), _row(page, entry, head, k_sf_strides)
-    v_row, v_sf_row = k_row, k_sf_row
-    if not ALIKE:
-        v_row, v_sf_row = _row(page, entry, head, v_strides), _row(page, entry, head, v_sf_strides)
-    k_words, v_words = c.words(k_ptr, k_row, there, W, ALIGNED), c.words(v_ptr, v_row, there, W, ALIGNED)
+    k_words = c.words(_rows(k_ptr, page, entry, head, k_strides, ALIGNED), None, W, ALIGNED)
+    v_words = c.words(_rows(v_ptr, page, entry, head, v_strides, ALIGNED), finite, W, ALIGNED)
     k_scale, v_scale = k_words, v_words
     if k_sf_ptr is not None:
-        k_scale = c.scales(k_sf_ptr, k_sf_row, there, D // BLOCK, SF_ALIGNED, FORMAT)
-        v_scale = c.scales(v_sf_ptr, v_sf_row, there, D // BLOCK, SF_ALIGNED, FORMAT)
+        k_scale = c.scales(_rows(k_sf_ptr, page, entry, head, k_sf_strides, SF_ALIGNED), None, D // BLOCK)
+        v_scale = c.scales(_rows(v_sf_ptr, page, entry, head, v_sf_strides, SF_ALIGNED), there, D // BLOCK)
     k = c.keys(k_words, k_scale, PER, RUN, FORMAT, DTYPE)
     s = _dot(k, q, tl.zeros((BN, q.shape[1]), tl.float32)) * factor
     if CAP:
@@ -79,7 +83,9 @@ def _tile(
     base = tl.where(most == -float("inf"), 0.0, most)
     weights = tl.exp2(s - base[None, :])
     rescale = tl.exp2(m - base)
-    total = total * rescale[None, :] + weights
+    # Rows 8 apart are one thread's.
+    own = tl.sum(tl.reshape(weights, (BN // 8, 8, weights.shape[1])), 0)
+    total = tl.fma(total, tl.broadcast_to(rescale[None, :], total.shape), own)
     v = c.values(v_words, v_scale, PER, RUN, FORMAT, DTYPE)
     acc = _dot(v, c.paired(p.round_to(weights, DTYPE), RUN), acc * rescale[None, :])
     return most, total, acc
@@ -127,8 +133,7 @@ def attend_kernel(
     PAGE_SIZE: tl.constexpr,
     WINDOW: tl.constexpr,
     CAP: tl.constexpr,
-    ALIKE: tl.constexpr,  # values have the strides of keys
-    ALIGNED: tl.constexpr,  # bytes by which rows of the caches are aligned, the unit of their strides
+    ALIGNED: tl.constexpr,  # bytes by which rows of the caches are aligned
     SF_ALIGNED: tl.constexpr,
     SPLITS: tl.constexpr,
     BN: tl.constexpr,
@@ -169,7 +174,7 @@ def attend_kernel(
     q = pairs.load_16_bits(q_start[None, :] + summand[:, None], (row < GROUP)[None, :])
     table_ptr += sequence * table_row
     m = tl.full((ROWS,), -float("inf"), tl.float32)
-    total = tl.zeros((BN, ROWS), tl.float32)
+    total = tl.zeros((8, ROWS), tl.float32)
     acc = tl.zeros((D, ROWS), tl.float32)
     k_strides, v_strides = (k_page, k_entry, k_head), (v_page, v_entry, v_head)
     k_sf_strides, v_sf_strides = (k_sf_page, k_sf_entry, k_sf_head), (v_sf_page, v_sf_entry, v_sf_head)
@@ -179,7 +184,7 @@ def attend_kernel(
             m, total, acc = _tile(
                 first, m, total, acc, q, k_ptr, v_ptr, k_sf_ptr, v_sf_ptr, table_ptr, start, end, pages, factor, cap,
                 head, k_strides, v_strides, k_sf_strides, v_sf_strides, FORMAT, DTYPE, PER, RUN, BLOCK, D,
-                PAGE_SIZE, CAP, ALIKE, ALIGNED, SF_ALIGNED, BN,
+                PAGE_SIZE, CAP, ALIGNED, SF_ALIGNED, BN,
             )  # fmt: skip
             first += BN
     else:
@@ -187,7 +192,7 @@ def attend_kernel(
             m, total, acc = _tile(
                 first, m, total, acc, q, k_ptr, v_ptr, k_sf_ptr, v_sf_ptr, table_ptr, start, end, pages, factor, cap,
                 head, k_strides, v_strides, k_sf_strides, v_sf_strides, FORMAT, DTYPE, PER, RUN, BLOCK, D,
-                PAGE_SIZE, CAP, ALIKE, ALIGNED, SF_ALIGNED, BN,
+                PAGE_SIZE, CAP, ALIGNED, SF_ALIGNED, BN,
             )  # fmt: skip
 
     unit = tl.full((1,), 2.0**LOWERED, tl.float32)

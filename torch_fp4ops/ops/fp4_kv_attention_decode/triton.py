@@ -98,8 +98,8 @@ def attend(
     if tile is None:
         tile = tile_for(fmt, dim, group, torch.version.hip is not None)
     bytes_of = tuple(t.view(torch.uint8) for t in caches)
-    aligned, strides = _in_units(bytes_of, kv_layout)
-    sf_aligned, sf_strides = (1, (0,) * 6) if cache_scales is None else _in_units(cache_scales, kv_layout)
+    aligned, strides = _aligned(bytes_of, kv_layout)
+    sf_aligned, sf_strides = (1, (0,) * 6) if cache_scales is None else _aligned(cache_scales, kv_layout)
     sums = stats = None
     if splits > 1:
         sums = torch.empty((batch, q_heads, splits, dim), dtype=torch.float32, device=q.device)
@@ -119,7 +119,6 @@ def attend(
         PAGE_SIZE=page,
         WINDOW=window_left >= 0,
         CAP=logits_soft_cap is not None,
-        ALIKE=strides[:3] == strides[3:] and sf_strides[:3] == sf_strides[3:],
         ALIGNED=aligned,
         SF_ALIGNED=sf_aligned,
         SPLITS=splits,
@@ -136,12 +135,11 @@ PER = {"nvfp4": 8, "mxfp4": 8, "blockfp4": 8, "e4m3": 4, "plain": 2}
 """Values in a 32-bit word."""
 
 
-def _in_units(caches: tuple[Tensor, ...], kv_layout: str) -> tuple[int, tuple[int, ...]]:
-    """By how many bytes, 16 at most, all rows of byte tensors are aligned, and both tensors' strides in that unit: from
-    page to page, entry to entry, head to head."""
+def _aligned(caches: tuple[Tensor, ...], kv_layout: str) -> tuple[int, tuple[int, ...]]:
+    """By how many bytes, 16 at most, all rows of byte tensors are aligned, and both tensors' strides: from page to
+    page, entry to entry, head to head."""
     strides = [s for cache in caches for s in _kv.strides(cache, kv_layout)]
-    unit = math.gcd(16, *(t.data_ptr() for t in caches), *strides)
-    return unit, tuple(s // unit for s in strides)
+    return math.gcd(16, *(t.data_ptr() for t in caches), *strides), tuple(strides)
 
 
 @fp4_kv_attention_decode.backend("triton", unsupported=_why_not, replayable=True)
@@ -205,7 +203,7 @@ def _aot_case(fmt: str, dim: int, dtype: str, group: int, options: bool, splits:
     signature = {"q_ptr": f"*{dtype}", "k_ptr": kv, "v_ptr": kv, "table_ptr": "*i32", "length_ptr": "*i32"}
     signature |= {"out_ptr": f"*{dtype}", **dict.fromkeys(NOT_SPECIALIZED, "i32"), "sm_scale": "fp32", "cap": "fp32"}
     constants = {"FORMAT": fmt, "D": dim, "GROUP": group, "PAGE_SIZE": 16, "WINDOW": options, "CAP": options}
-    constants |= {"ALIKE": not options, "ALIGNED": 16, "SF_ALIGNED": 8 if dim == 128 else 4, "SPLITS": splits}
+    constants |= {"ALIGNED": 16, "SF_ALIGNED": 8 if dim == 128 else 4, "SPLITS": splits}
     optional = {"k_sf_ptr": kv, "v_sf_ptr": kv} if PER[fmt] == 8 else {}
     optional |= {"k_scale_ptr": "*fp32", "v_scale_ptr": "*fp32"} if fmt == "nvfp4" else {}
     optional |= {"sums_ptr": "*fp32", "stats_ptr": "*fp32"} if splits > 1 else {}
