@@ -266,3 +266,29 @@ def test_repr_says_what_it_is():
         "FP4Linear(in_features=96, out_features=40, format='nvfp4', activations='bf16', bias=True, weight_nbytes=2948)"
     )
     assert "format='mxfp8', bias=False" in repr(MXFP8Linear(K, N, bias=False))
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("input_scale", [None, 100.0])
+def test_alpha_follows_the_global_scales(assign, input_scale):
+    """It is worked out once, so whatever changes a global scale has to reach it."""
+    source = nn.Linear(64, 32, dtype=torch.bfloat16)
+    activations = "bf16" if input_scale is None else "same"
+    given = None if input_scale is None else torch.tensor([input_scale])
+    layer = FP4Linear.from_linear(source, activations=activations, input_global_scale=given)
+
+    def alpha(of: FP4Linear) -> Tensor:
+        return 1.0 / (of.weight_global_scale if input_scale is None else of.input_global_scale * of.weight_global_scale)
+
+    assert torch.equal(layer.alpha, alpha(layer))
+    assert "alpha" not in layer.state_dict()
+    other = FP4Linear(64, 32, activations=activations, dtype=torch.bfloat16)
+    other.load_state_dict(layer.state_dict(), assign=assign)
+    assert torch.equal(other.alpha, layer.alpha)
+    x = torch.randn(3, 64, dtype=torch.bfloat16)
+    with torch.no_grad():
+        assert torch.equal(other(x), layer(x))
+    layer.weight_global_scale = layer.weight_global_scale * 2
+    assert torch.equal(layer.alpha, alpha(layer)) and not torch.equal(other.alpha, layer.alpha)
+    moved = copy.deepcopy(layer).to("meta")
+    assert moved.alpha.is_meta

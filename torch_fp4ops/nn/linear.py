@@ -64,6 +64,9 @@ class FP4Linear(BlockScaledLinear):
         weight: uint8 ``[N, K/2]``, even k in the low nibble.
         weight_scale: uint8 block scales in the 128x4 layout, ``[round_up(N, 128), round_up(K/block size, 4)]``.
         weight_global_scale: float32 ``[1]``, the encode scale ``2688 / amax(weight)``; None for MXFP4.
+        alpha: float32 ``[1]``, what the product is multiplied by: the reciprocal of the global scales; not in the state
+            dict. Assigning to a global scale and loading a state dict renew it, writing into one in place does not.
+            None where there is no global scale, or each call has one of its own.
         input_global_scale: float32 ``[1]``, the encode scale of every input, say ``2688 / amax`` over calibration
             data; NVFP4 with activations ``"same"`` only. None: ``2688 / amax`` of each call's whole input, so that
             the result for a row depends a little on the rows beside it.
@@ -78,6 +81,7 @@ class FP4Linear(BlockScaledLinear):
 
     weight_global_scale: Tensor | None
     input_global_scale: Tensor | None
+    alpha: Tensor | None
 
     def __init__(
         self,
@@ -101,6 +105,22 @@ class FP4Linear(BlockScaledLinear):
         scale = torch.ones(1, dtype=torch.float32, device=device) if fmt.has_global_scale else None
         self.register_buffer("weight_global_scale", scale)
         self.register_buffer("input_global_scale", None)
+        self.register_buffer("alpha", None, persistent=False)
+        self._renew_alpha()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in ("weight_global_scale", "input_global_scale") and "alpha" in self._buffers:
+            self._renew_alpha()
+
+    def _renew_alpha(self) -> None:
+        """Work out what a product's sums are multiplied by, here and not in each call: a kernel less."""
+        scale, input_scale = self.weight_global_scale, self.input_global_scale
+        if self.activations == "same" and scale is not None:
+            if input_scale is not None and input_scale.device != scale.device:
+                return  # one of them has been moved or loaded, and the other one comes next
+            scale = None if input_scale is None else input_scale * scale
+        self.alpha = None if scale is None else 1.0 / scale
 
     @classmethod
     def from_linear(
@@ -164,21 +184,21 @@ class FP4Linear(BlockScaledLinear):
         return "mm_bf16_fp4" if self.activations == "bf16" else "mm_fp4"
 
     def _product(self, x: Tensor) -> Tensor:
-        block_size, weight_global = self._block_format.block_size, self.weight_global_scale
+        block_size, alpha = self._block_format.block_size, self.alpha
         if self.activations == "bf16":
             return torch.ops.fp4.mm_bf16_fp4(
                 a=x if x.dtype == torch.float16 else x.to(torch.bfloat16),
                 b=self.weight,
                 b_descale=self.weight_scale,
-                alpha=None if weight_global is None else 1.0 / weight_global,
+                alpha=alpha,
                 out_dtype=_out_dtype(x),
                 block_size=block_size,
                 b_layout=self.weight_layout,
             )
-        alpha = input_global = None
-        if weight_global is not None:
-            input_global = encode_scale(x) if self.input_global_scale is None else self.input_global_scale
-            alpha = 1.0 / (input_global * weight_global)
+        input_global = self.input_global_scale
+        if self.weight_global_scale is not None and input_global is None:
+            input_global = encode_scale(x)
+            alpha = 1.0 / (input_global * self.weight_global_scale)
         codes, scales = self._quantize(x, input_global)
         return torch.ops.fp4.mm_fp4(
             a=codes,
@@ -199,6 +219,7 @@ class FP4Linear(BlockScaledLinear):
         if self.input_global_scale is None and isinstance(given, Tensor) and usable:
             self.input_global_scale = torch.ones(1, dtype=torch.float32, device=self.weight.device)
         super()._load_from_state_dict(state_dict, prefix, *rest)
+        self._renew_alpha()
 
     def _describe(self) -> str:
         return f"{super()._describe()}, activations={self.activations!r}"
