@@ -3,6 +3,7 @@ dispatch to backends and the error that backward raises."""
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 import warnings
@@ -139,7 +140,7 @@ class Op(WithBackends):
         if overridden():
             kind = (requested(self.name), *kind)
         known = self._known.get(kind)
-        if known is None or (device >= 0 and device != torch.cuda.current_device()):
+        if known is None or (_gpus() > 1 and device >= 0 and device != torch.cuda.current_device()):
             return self._run_of_unknown_kind(kind, given, args, kwargs)
         if device < 0:
             self._check(args, kwargs)
@@ -152,7 +153,8 @@ class Op(WithBackends):
                 result = run(*args, **kwargs)
         except FirstUseInCapture:
             return self._run_checked(args, kwargs)  # which says which call it was
-        _written(given[i] for i in written)
+        if written:
+            _written(given[i] for i in written)
         return result
 
     def _run_checked(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -326,6 +328,11 @@ def _warn_reference(op_name: str, reasons: str) -> None:
         warnings.warn(
             f"torch.ops.fp4.{op_name} runs its pure-PyTorch reference, which is slow. {reasons}", stacklevel=3
         )
+
+
+@functools.cache
+def _gpus() -> int:
+    return torch.cuda.device_count()
 
 
 def _written(tensors: Iterable[Tensor]) -> None:
