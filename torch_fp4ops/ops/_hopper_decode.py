@@ -32,15 +32,20 @@ def _scales_asm(fmt, half):
     MX: a power of two, moved by what a code's place in bfloat16 lacks: 126 (E2M1) or 120 (E4M3).
     """
     if fmt == "nvfp4":
-        widen = "128, 0" if half else "16, 0x70007000"
-    else:
-        widen = "128, 0x3F003F00" if fmt == "mxfp4" else "128, 0x3C003C00"
+        left, right, mask, ones = (7, 1, "0x7F807F80", 0) if half else (4, 4, "0x0FF00FF0", "0x70007000")
+        # In lop3, for ptxas would make it two instructions: 0xEA is (a & b) | c.
+        return f"""{{ .reg .b32 e, o, c;
+        mov.b32 c, {ones};
+        shl.b32 e, $2, {left}; shr.u32 o, $2, {right};
+        lop3.b32 $0, e, {mask}, c, 0xEA;
+        lop3.b32 $1, o, {mask}, c, 0xEA; }}"""
+    move = "0x3F003F00" if fmt == "mxfp4" else "0x3C003C00"
     return f"""
         and.b32 $0, $2, 0x00FF00FF;
         shr.u32 $1, $2, 8;
         and.b32 $1, $1, 0x00FF00FF;
-        mad.lo.u32 $0, $0, {widen};
-        mad.lo.u32 $1, $1, {widen};"""
+        mad.lo.u32 $0, $0, 128, {move};
+        mad.lo.u32 $1, $1, 128, {move};"""
 
 
 @gluon.constexpr_function
