@@ -14,7 +14,7 @@ import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, mma_v2
 
-from ._gluon import async_load, warp_group_barrier
+from ._gluon import async_load, reinterpret, warp_group_barrier
 from ._hopper_decode import decode_strip
 from ._hopper_plan import StripPlan
 
@@ -98,7 +98,7 @@ def _store_sums(accs, s, out, alpha, M, N, C: gl.constexpr, GROUP: gl.constexpr)
     SUM: gl.constexpr = gl.BlockedLayout([8, 1, BM // 8], [1, 4, 8], [1, 4, 1], [2, 1, 0])
     ROWS: gl.constexpr = gl.SliceLayout(0, SUM)
     # Where codes were: nothing is loaded any more, and both groups are through with what was.
-    parts = s[1]._reinterpret(gl.float32, [S, 8, 16, BM], gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0]))
+    parts = reinterpret(s[1], gl.float32, [S, 8, 16, BM], gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0]))
     mbarrier.arrive(s[5])
     mbarrier.wait(s[5], 0)
     for i in gl.static_range(S):

@@ -51,9 +51,9 @@ class Strips(NamedTuple):
     """Programs that a multiprocessor holds."""
     start: float = 3.0
     """What a launch takes beside its steps, in microseconds."""
-    step: float = 0.02
+    step: float = 0.012
     """Microseconds a step of 64 along K of a program takes beside its strips."""
-    strip: float = 0.02
+    strip: float = 0.019
     """Microseconds a step and a strip of a program take."""
 
 
@@ -89,16 +89,16 @@ STRIPS = (
     Strips(8, S=12, KS=4, STAGES=6),
     Strips(8, S=14, KS=4, STAGES=6),
     Strips(8, S=16, KS=4, STAGES=5),
-    Strips(16, S=1, KS=8, STAGES=10, step=0.04, strip=0.022),
-    Strips(16, S=2, KS=8, STAGES=8, step=0.04, strip=0.022),
-    Strips(16, S=3, KS=8, STAGES=7, step=0.04, strip=0.022),
-    Strips(16, S=4, KS=8, STAGES=6, step=0.04, strip=0.022),
-    Strips(16, S=6, KS=4, STAGES=9, step=0.04, strip=0.022),
-    Strips(16, S=8, KS=4, STAGES=8, step=0.04, strip=0.022),
-    Strips(16, S=10, KS=4, STAGES=6, step=0.04, strip=0.022),
-    Strips(16, S=12, KS=4, STAGES=6, step=0.04, strip=0.022),
-    Strips(16, S=14, KS=4, STAGES=5, step=0.04, strip=0.022),
-    Strips(16, S=16, KS=4, STAGES=5, step=0.04, strip=0.022),
+    Strips(16, S=1, KS=8, STAGES=10, step=0.025, strip=0.0205),
+    Strips(16, S=2, KS=8, STAGES=8, step=0.025, strip=0.0205),
+    Strips(16, S=3, KS=8, STAGES=7, step=0.025, strip=0.0205),
+    Strips(16, S=4, KS=8, STAGES=6, step=0.025, strip=0.0205),
+    Strips(16, S=6, KS=4, STAGES=9, step=0.025, strip=0.0205),
+    Strips(16, S=8, KS=4, STAGES=8, step=0.025, strip=0.0205),
+    Strips(16, S=10, KS=4, STAGES=6, step=0.025, strip=0.0205),
+    Strips(16, S=12, KS=4, STAGES=6, step=0.025, strip=0.0205),
+    Strips(16, S=14, KS=4, STAGES=5, step=0.025, strip=0.0205),
+    Strips(16, S=16, KS=4, STAGES=5, step=0.025, strip=0.0205),
 )
 _SUM_START, _SUM_BYTES_PER_US = 1.2, 6e6
 
