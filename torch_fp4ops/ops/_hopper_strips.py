@@ -68,6 +68,9 @@ def _multiply(d, s, out, alpha, M, N, STEPS, C: gl.constexpr, GROUP: gl.constexp
     accs = ()
     for _ in gl.static_range(S):
         accs = accs + (gl.zeros([4, 16, BM], gl.float32, ACC),)  # type: ignore[assignment]  # noqa: RUF005
+    SUM: gl.constexpr = gl.BlockedLayout([8, 1, BM // 8], [1, 4, 8], [1, 4, 1], [2, 1, 0])
+    m = gl.arange(0, BM, gl.SliceLayout(0, gl.SliceLayout(0, SUM)))
+    factor = _factor(m, alpha, M, C)  # loaded now, for at the end it would be waited for
     st = GROUP
     phase = 0
     for _ in range(GROUP * KS, STEPS, 2 * KS):
@@ -87,15 +90,24 @@ def _multiply(d, s, out, alpha, M, N, STEPS, C: gl.constexpr, GROUP: gl.constexp
         if st >= C.STAGES:
             st = st - C.STAGES
             phase = phase ^ 1
-    _store_sums(accs, s, out, alpha, M, N, C, GROUP)
+    _store_sums(accs, s, out, m, factor, M, N, SUM, C, GROUP)
 
 
 @gluon.jit
-def _store_sums(accs, s, out, alpha, M, N, C: gl.constexpr, GROUP: gl.constexpr):
+def _factor(m, alpha, M, C: gl.constexpr):
+    if C.ALPHA == 0:
+        return gl.full(m.shape, C.FACTOR, gl.float32, m.type.layout)
+    elif C.ALPHA == 1:
+        return gl.full(m.shape, C.FACTOR, gl.float32, m.type.layout) * gl.load(alpha)
+    else:
+        return gl.load(alpha + m, mask=m < M, other=0.0) * C.FACTOR
+
+
+@gluon.jit
+def _store_sums(accs, s, out, m, factor, M, N, SUM: gl.constexpr, C: gl.constexpr, GROUP: gl.constexpr):
     """Add the eight warps' sums in the order of the warps, and store every second strip."""
     BM: gl.constexpr = C.BM
     S: gl.constexpr = C.S
-    SUM: gl.constexpr = gl.BlockedLayout([8, 1, BM // 8], [1, 4, 8], [1, 4, 1], [2, 1, 0])
     ROWS: gl.constexpr = gl.SliceLayout(0, SUM)
     # Where codes were: nothing is loaded any more, and both groups are through with what was.
     parts = reinterpret(s[1], gl.float32, [S, 8, 16, BM], gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0]))
@@ -106,12 +118,6 @@ def _store_sums(accs, s, out, alpha, M, N, C: gl.constexpr, GROUP: gl.constexpr)
     warp_group_barrier()
     mbarrier.arrive(s[6])
     mbarrier.wait(s[6], 0)
-    m = gl.arange(0, BM, gl.SliceLayout(0, ROWS))
-    factor = gl.full([BM], C.FACTOR, gl.float32, gl.SliceLayout(0, ROWS))
-    if C.ALPHA == 1:
-        factor = factor * gl.load(alpha)
-    elif C.ALPHA == 2:
-        factor = factor * gl.load(alpha + m, mask=m < M, other=0.0)
     row = _first_strip(N, C) * 16 + gl.arange(0, 16, gl.SliceLayout(1, ROWS))
     to = out + m[None, :] * N + row[:, None]
     for i in gl.static_range(GROUP, S, 2):
