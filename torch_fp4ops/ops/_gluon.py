@@ -7,7 +7,7 @@ from typing import Any
 import triton.experimental.gluon.language as gl
 from triton.experimental.gluon.language.nvidia.hopper import tma
 
-__all__ = ["async_load", "async_store", "warp_group_barrier"]
+__all__ = ["async_load", "async_store", "reinterpret", "warp_group_barrier"]
 
 _tma: Any = tma
 _gl: Any = gl
@@ -16,3 +16,5 @@ _gl: Any = gl
 async_load = getattr(_tma, "async_load", None) or _tma.async_copy_global_to_shared
 async_store = getattr(_tma, "async_store", None) or _tma.async_copy_shared_to_global
 warp_group_barrier = getattr(_gl, "barrier", None) or _gl.thread_barrier
+_descriptor: Any = gl.shared_memory_descriptor
+reinterpret = getattr(_descriptor, "reinterpret", None) or _descriptor._reinterpret

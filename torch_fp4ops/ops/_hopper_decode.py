@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
 
-__all__ = ["FACTORS", "decode", "scale_words"]
+__all__ = ["FACTORS", "decode", "decode_strip", "scale_words"]
 
 FACTORS = {"nvfp4": 2.0**7, "mxfp4": 1.0, "mxfp8": 1.0}
 
@@ -32,15 +32,20 @@ def _scales_asm(fmt, half):
     MX: a power of two, moved by what a code's place in bfloat16 lacks: 126 (E2M1) or 120 (E4M3).
     """
     if fmt == "nvfp4":
-        widen = "128, 0" if half else "16, 0x70007000"
-    else:
-        widen = "128, 0x3F003F00" if fmt == "mxfp4" else "128, 0x3C003C00"
+        left, right, mask, ones = (7, 1, "0x7F807F80", 0) if half else (4, 4, "0x0FF00FF0", "0x70007000")
+        # In lop3, for ptxas would make it two instructions: 0xEA is (a & b) | c.
+        return f"""{{ .reg .b32 e, o, c;
+        mov.b32 c, {ones};
+        shl.b32 e, $2, {left}; shr.u32 o, $2, {right};
+        lop3.b32 $0, e, {mask}, c, 0xEA;
+        lop3.b32 $1, o, {mask}, c, 0xEA; }}"""
+    move = "0x3F003F00" if fmt == "mxfp4" else "0x3C003C00"
     return f"""
         and.b32 $0, $2, 0x00FF00FF;
         shr.u32 $1, $2, 8;
         and.b32 $1, $1, 0x00FF00FF;
-        mad.lo.u32 $0, $0, {widen};
-        mad.lo.u32 $1, $1, {widen};"""
+        mad.lo.u32 $0, $0, 128, {move};
+        mad.lo.u32 $1, $1, 128, {move};"""
 
 
 @gluon.constexpr_function
@@ -62,8 +67,8 @@ def _fp4_asm(half):
     if half:
         lines.append("and.b32 t, $8, 0x0C000C00; or.b32 p, p, t; shr.u32 t, $8, 4; and.b32 t, t, 0x02000200;")
     else:
-        lines.append("shr.u32 t, $8, 3; and.b32 t, t, 0x01800180; or.b32 p, p, t;")
-        lines.append("shr.u32 t, $8, 7; and.b32 t, t, 0x00400040;")
+        # To the right by 3 and by 7 at once, and not on the ALU pipe, which has the most to do.
+        lines.append("and.b32 t, $8, 0x2C002C00; mul.hi.u32 t, t, 0x22000000; and.b32 t, t, 0x01C001C0;")
     lines.append(f"or.b32 p, p, t; mul.rn.{kind} p, p, s1; mov.b32 {{$6, $7}}, p; }}")
     return "\n".join(lines)
 
@@ -86,26 +91,63 @@ def decode(codes, scales, OPERAND: gl.constexpr, FMT: gl.constexpr, HALF: gl.con
 
     ``codes``: int32 [8 or 16, 64] of 256 bytes a row; ``scales``: int32 [1, 64 or 32]. For four warps.
     """
-    THREAD: gl.constexpr = gl.BlockedLayout([1, 1, 4], [8, 4, 1], [4, 1, 1], [2, 1, 0])  # w g | t | step
     W: gl.constexpr = scale_words(FMT)
     SCALES: gl.constexpr = gl.DistributedLinearLayout(
         [[0, 1]] if W == 2 else [], [[0, 0], [0, 0], [0, W], [0, 2 * W], [0, 4 * W]], [[0, 8 * W], [0, 16 * W]], [],
         [1, 32 * W])  # fmt: skip
     words = scales.load(SCALES).reshape([32, W])
-    even, odd = gl.inline_asm_elementwise(
-        _scales_asm(FMT, HALF), "=&r,=&r,r", [words], dtype=(gl.int32, gl.int32), is_pure=True, pack=1
-    )
-    pairs = gl.join(even, odd)
-    if W == 1:
-        pairs = gl.join(pairs, pairs)  # a scale of 32 elements serves two steps
-    s = gl.convert_layout(pairs.reshape([32, 1, 4]), THREAD, assert_trivial=True)
     if FMT == "mxfp8":
         # Eight words a thread, four at a time, so that a warp reads 512 bytes in a row.
         EIGHT: gl.constexpr = gl.DistributedLinearLayout(
             [[0, 1], [0, 2], [8, 0]], [[0, 4], [0, 8], [0, 16], [0, 32], [1, 0]], [[2, 0], [4, 0]], [], [16, 64]
         )
-        ROWS: gl.constexpr = gl.BlockedLayout([1, 1, 4, 2], [8, 4, 1, 1], [4, 1, 1, 1], [3, 2, 1, 0])
         c = codes.load(EIGHT).reshape([2, 32, 4, 2, 2]).permute((1, 2, 0, 3, 4)).reshape([32, 4, 4, 2])
+    else:
+        FOUR: gl.constexpr = gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0])
+        c = codes.load(FOUR).reshape([32, 4, 4])
+    return gl.convert_layout(_decoded(c, words, FMT, HALF).reshape([64, 64]), OPERAND, assert_trivial=True)
+
+
+@gluon.jit
+def decode_strip(codes, scales, OPERAND: gl.constexpr, FMT: gl.constexpr, HALF: gl.constexpr):
+    """Four steps along K of a strip of 16 rows, a warp each, to a tensor [4, 16, 64] of layout ``OPERAND``.
+
+    ``codes``: int32 [4, 1 or 2, 1, 128], 512 bytes a step or twice that; ``scales``: int32 [4, 1, 16 or 8].
+    """
+    W: gl.constexpr = scale_words(FMT)
+    WARPS: gl.constexpr = [[1, 0, 0, 0], [2, 0, 0, 0]]
+    LANES: gl.constexpr = [[0, 0, 0, 4], [0, 0, 0, 8], [0, 0, 0, 16], [0, 0, 0, 32], [0, 0, 0, 64]]
+    SCALES: gl.constexpr = gl.DistributedLinearLayout(
+        [[0, 0, 1]] if W == 2 else [], [[0, 0, 0], [0, 0, 0], [0, 0, W], [0, 0, 2 * W], [0, 0, 4 * W]],
+        [[1, 0, 0], [2, 0, 0]], [], [4, 1, 8 * W])  # fmt: skip
+    words = scales.load(SCALES).reshape([32, W])
+    if FMT == "mxfp8":
+        EIGHT: gl.constexpr = gl.DistributedLinearLayout(
+            [[0, 0, 0, 1], [0, 0, 0, 2], [0, 1, 0, 0]], LANES, WARPS, [], [4, 2, 1, 128]
+        )
+        c = codes.load(EIGHT).reshape([4, 2, 32, 2, 2]).permute((0, 2, 1, 3, 4)).reshape([32, 4, 4, 2])
+    else:
+        FOUR: gl.constexpr = gl.DistributedLinearLayout([[0, 0, 0, 1], [0, 0, 0, 2]], LANES, WARPS, [], [4, 1, 1, 128])
+        c = codes.load(FOUR).reshape([32, 4, 4])
+    return gl.convert_layout(_decoded(c, words, FMT, HALF).reshape([4, 16, 64]), OPERAND, assert_trivial=True)
+
+
+@gluon.jit
+def _decoded(c, words, FMT: gl.constexpr, HALF: gl.constexpr):
+    """Codes [32, 4, 4] or, for MXFP8, [32, 4, 4, 2] and scales [32, 1 or 2] to values [4, 2, 8, 4, 2, 4, 2].
+
+    The first dimension of each is (w, g), with the warp in w; values are by w, row, g, step, half, t, of pair.
+    """
+    THREAD: gl.constexpr = gl.BlockedLayout([1, 1, 4], [8, 4, 1], [4, 1, 1], [2, 1, 0])  # w g | t | step
+    even, odd = gl.inline_asm_elementwise(
+        _scales_asm(FMT, HALF), "=&r,=&r,r", [words], dtype=(gl.int32, gl.int32), is_pure=True, pack=1
+    )
+    pairs = gl.join(even, odd)
+    if scale_words(FMT) == 1:
+        pairs = gl.join(pairs, pairs)  # a scale of 32 elements serves two steps
+    s = gl.convert_layout(pairs.reshape([32, 1, 4]), THREAD, assert_trivial=True)
+    if FMT == "mxfp8":
+        ROWS: gl.constexpr = gl.BlockedLayout([1, 1, 4, 2], [8, 4, 1, 1], [4, 1, 1, 1], [3, 2, 1, 0])
         c0, c1 = gl.split(gl.convert_layout(c, ROWS, assert_trivial=True))
         c0 = gl.convert_layout(c0, THREAD, assert_trivial=True)
         c1 = gl.convert_layout(c1, THREAD, assert_trivial=True)
@@ -117,8 +159,7 @@ def decode(codes, scales, OPERAND: gl.constexpr, FMT: gl.constexpr, HALF: gl.con
             _fp8_asm(1), "=&h,=&h,=&h,=&h,r,r", [c1, s], dtype=(gl.bfloat16,) * 4, is_pure=True, pack=1
         )
     else:
-        FOUR: gl.constexpr = gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0])
-        c = gl.convert_layout(codes.load(FOUR).reshape([32, 4, 4]), THREAD, assert_trivial=True)
+        c = gl.convert_layout(c, THREAD, assert_trivial=True)
         s, c = gl.broadcast(s, c)
         OUT: gl.constexpr = "=&h,=&h,=&h,=&h,=&h,=&h,=&h,=&h,r,r"
         if HALF:
@@ -133,5 +174,4 @@ def decode(codes, scales, OPERAND: gl.constexpr, FMT: gl.constexpr, HALF: gl.con
     low = gl.join(gl.join(a00, b00), gl.join(a01, b01))
     high = gl.join(gl.join(a10, b10), gl.join(a11, b11))
     tile = gl.join(low, high).reshape([4, 8, 4, 4, 2, 2, 2])  # w, g, t, step, row, of pair, half
-    tile = tile.permute((0, 4, 1, 3, 6, 2, 5)).reshape([64, 64])
-    return gl.convert_layout(tile, OPERAND, assert_trivial=True)
+    return tile.permute((0, 4, 1, 3, 6, 2, 5))

@@ -10,8 +10,6 @@ A program is persistent and works through the tiles as ``_hopper_schedule`` says
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -25,74 +23,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ._gluon import async_load, async_store, warp_group_barrier
 from ._hopper_decode import decode
+from ._hopper_plan import Plan
 from ._hopper_schedule import piece, share, tile_at
 
-__all__ = ["Plan", "matmul_kernel"]
-
-
-_GROUPS = 2
-"""Warp groups that multiply."""
-
-
-class Plan(NamedTuple):
-    """What a kernel is compiled for."""
-
-    FMT: str
-    HALF: bool
-    """x is float16, not bfloat16."""
-    BM: int
-    """Rows of x a tile."""
-    R: int
-    """Tiles of 64 weight rows a warp group; 2 only without KW."""
-    KW: int
-    """How many warp groups share a tile of 64 rows, every KW-th stage each; their sums meet in shared memory."""
-    KS: int
-    """Steps of 64 along K a stage."""
-    STAGES: int
-    STREAM: bool
-    TMA_STORE: bool
-    BAND: int
-    """Tiles of BM rows that are worked on beside each other, for the L2 cache."""
-    ALPHA: int
-    FACTOR: float
-    REGISTERS: int
-
-    @property
-    def MMA(self) -> bool:
-        return self.BM <= 16
-
-    @property
-    def SUBS(self) -> int:
-        """Tiles of 64 weight rows a program."""
-        return _GROUPS * self.R // self.KW
-
-    @property
-    def BLOCKS(self) -> int:
-        """TMA loads of codes a step: a block of 128 rows each, or half a one."""
-        return (self.SUBS + 1) // 2
-
-    @property
-    def HALVES(self) -> int:
-        return min(self.SUBS, 2)
-
-    @property
-    def CODE_ROWS(self) -> int:
-        """Rows of 64 words that hold the codes of a 64 x 64 tile."""
-        return 16 if self.FMT == "mxfp8" else 8
-
-    @property
-    def SCALE_WORDS(self) -> int:
-        return 32 * (2 if self.FMT == "nvfp4" else 1)
-
-    @property
-    def FIRST_SHARED(self) -> int:
-        """Where what KW needs begins among the buffers in shared memory."""
-        return 6 if self.TMA_STORE else 5
-
-    @property
-    def STAGE_BYTES(self) -> int:
-        weights = self.BLOCKS * self.HALVES * (self.CODE_ROWS * 256 + self.SCALE_WORDS * 4)
-        return self.KS * (self.BM * 128 + weights)
+__all__ = ["matmul_kernel"]
 
 
 @gluon.constexpr_function

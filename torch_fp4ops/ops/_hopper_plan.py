@@ -1,0 +1,121 @@
+"""What the Hopper kernels are compiled for, and the sizes that follow; without Gluon, which launchers import late."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+__all__ = ["Plan", "StripPlan"]
+
+_GROUPS = 2
+"""Warp groups that multiply."""
+
+
+class Plan(NamedTuple):
+    """A kernel of ``_hopper_gemm``, whose programs have tiles of weight rows."""
+
+    FMT: str
+    HALF: bool
+    """x is float16, not bfloat16."""
+    BM: int
+    """Rows of x a tile."""
+    R: int
+    """Tiles of 64 weight rows a warp group; 2 only without KW."""
+    KW: int
+    """How many warp groups share a tile of 64 rows, every KW-th stage each; their sums meet in shared memory."""
+    KS: int
+    """Steps of 64 along K a stage."""
+    STAGES: int
+    STREAM: bool
+    TMA_STORE: bool
+    BAND: int
+    """Tiles of BM rows that are worked on beside each other, for the L2 cache."""
+    ALPHA: int
+    FACTOR: float
+    REGISTERS: int
+
+    @property
+    def MMA(self) -> bool:
+        return self.BM <= 16
+
+    @property
+    def SUBS(self) -> int:
+        """Tiles of 64 weight rows a program."""
+        return _GROUPS * self.R // self.KW
+
+    @property
+    def BLOCKS(self) -> int:
+        """TMA loads of codes a step: a block of 128 rows each, or half a one."""
+        return (self.SUBS + 1) // 2
+
+    @property
+    def HALVES(self) -> int:
+        return min(self.SUBS, 2)
+
+    @property
+    def CODE_ROWS(self) -> int:
+        """Rows of 64 words that hold the codes of a 64 x 64 tile."""
+        return 16 if self.FMT == "mxfp8" else 8
+
+    @property
+    def SCALE_WORDS(self) -> int:
+        """Words of scales for a 64 x 64 tile."""
+        return 32 * (2 if self.FMT == "nvfp4" else 1)
+
+    @property
+    def FIRST_SHARED(self) -> int:
+        """Where what KW needs begins among the buffers in shared memory."""
+        return 6 if self.TMA_STORE else 5
+
+    @property
+    def STAGE_BYTES(self) -> int:
+        weights = self.BLOCKS * self.HALVES * (self.CODE_ROWS * 256 + self.SCALE_WORDS * 4)
+        return self.KS * (self.BM * 128 + weights)
+
+    @property
+    def RESULT_BYTES(self) -> int:
+        """Shared memory beside the stages: for results, and for sums of the groups that share a tile."""
+        return self.SUBS * 64 * self.BM * (2 * self.TMA_STORE + 4 * (self.KW - 1))
+
+
+class StripPlan(NamedTuple):
+    """A kernel of ``_hopper_strips``, whose programs have strips of 16 weight rows."""
+
+    FMT: str
+    HALF: bool
+    """x is float16, not bfloat16."""
+    BM: int
+    """Rows of x, 8 or 16."""
+    S: int
+    """Strips a program."""
+    KS: int
+    """Steps of 64 along K a stage, a multiple of 4."""
+    STAGES: int
+    ALPHA: int
+    FACTOR: float
+    REGISTERS: int
+    """A thread of the warp groups that multiply."""
+    LOADER_REGISTERS: int
+
+    @property
+    def BOX(self) -> int:
+        """Strips a TMA load: neighbours in memory, so of one half of a block of 128 rows."""
+        return math.gcd(self.S, 4)
+
+    @property
+    def BOXES(self) -> int:
+        return self.S // self.BOX
+
+    @property
+    def PLANES(self) -> int:
+        """Pieces of 512 bytes that hold a strip's codes of a step."""
+        return 2 if self.FMT == "mxfp8" else 1
+
+    @property
+    def SCALE_WORDS(self) -> int:
+        """Words of scales for a strip and a step."""
+        return 8 * (2 if self.FMT == "nvfp4" else 1)
+
+    @property
+    def STAGE_BYTES(self) -> int:
+        return self.KS * (self.BM * 128 + self.S * (self.PLANES * 512 + self.SCALE_WORDS * 4))

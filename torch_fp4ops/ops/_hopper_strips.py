@@ -1,0 +1,173 @@
+"""Matrix products of up to 16 rows and block-scaled weights on Hopper that sum within a program, in Gluon.
+
+``_hopper_gemm`` has tiles of 64 or 128 weight rows, too few for all multiprocessors unless programs share K and a
+second kernel sums. Here a program has strips of 16 weight rows, as many as give each multiprocessor one program, and
+all of K. Its eight multiplying warps share K, not rows: of four steps of 64 each warp of a group has one, and the two
+groups take turns. So their sums meet in shared memory, at the end.
+
+A strip's four steps are decoded as the four quarters of a 64 x 64 tile are: the bytes of a thread have the same order.
+"""
+
+from __future__ import annotations
+
+import triton.experimental.gluon.language as gl
+from triton.experimental import gluon
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, mma_v2
+
+from ._gluon import async_load, reinterpret, warp_group_barrier
+from ._hopper_decode import decode_strip
+from ._hopper_plan import StripPlan
+
+__all__ = ["strips_kernel"]
+
+
+@gluon.constexpr_function
+def _plan(FMT, HALF, BM, S, KS, STAGES, ALPHA, FACTOR, REGISTERS, LOADER_REGISTERS):
+    return StripPlan(FMT, HALF, BM, S, KS, STAGES, ALPHA, FACTOR, REGISTERS, LOADER_REGISTERS)
+
+
+@gluon.jit
+def _first_strip(N, C: gl.constexpr):
+    """The last program's strips are moved back to end with the weight: two programs may store the same values."""
+    return min(gl.program_id(0) * C.S, N // 16 - C.S)
+
+
+@gluon.jit
+def _loader(d, s, out, alpha, M, N, STEPS, C: gl.constexpr):
+    KS: gl.constexpr = C.KS
+    BOXES: gl.constexpr = C.BOXES
+    first = _first_strip(N, C)
+    st = 0
+    phase = 1
+    for k in range(0, STEPS, KS):
+        full = s[3].index(st)
+        mbarrier.wait(s[4].index(st), phase)
+        mbarrier.expect(full, C.STAGE_BYTES)
+        async_load(d[0], [k, 0, 0], full, s[0].index(st))
+        for b in gl.static_range(BOXES):
+            strip = first + b * C.BOX
+            row = strip // 8 * STEPS + k
+            plane = strip % 8 // 4 * C.PLANES
+            async_load(d[1], [row, plane, strip % 4, 0], full, s[1].index(st * BOXES + b))
+            async_load(d[2], [row, strip % 8, 0], full, s[2].index(st * BOXES + b))
+        st = (st + 1) % C.STAGES
+        phase = phase ^ (st == 0).to(gl.int32)
+
+
+@gluon.jit
+def _multiply(d, s, out, alpha, M, N, STEPS, C: gl.constexpr, GROUP: gl.constexpr):
+    BM: gl.constexpr = C.BM
+    S: gl.constexpr = C.S
+    KS: gl.constexpr = C.KS
+    BOX: gl.constexpr = C.BOX
+    FMT: gl.constexpr = C.FMT
+    HALF: gl.constexpr = C.HALF
+    ACC: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[4, 1, 1], instr_shape=[1, 16, 8])
+    LEFT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=ACC, k_width=2)
+    RIGHT: gl.constexpr = gl.DotOperandLayout(operand_index=1, parent=ACC, k_width=2)
+    accs = ()
+    for _ in gl.static_range(S):
+        accs = accs + (gl.zeros([4, 16, BM], gl.float32, ACC),)  # type: ignore[assignment]  # noqa: RUF005
+    SUM: gl.constexpr = gl.BlockedLayout([8, 1, BM // 8], [1, 4, 8], [1, 4, 1], [2, 1, 0])
+    m = gl.arange(0, BM, gl.SliceLayout(0, gl.SliceLayout(0, SUM)))
+    factor = _factor(m, alpha, M, C)  # loaded now, for at the end it would be waited for
+    st = GROUP
+    phase = 0
+    for _ in range(GROUP * KS, STEPS, 2 * KS):
+        mbarrier.wait(s[3].index(st), phase)
+        for q in gl.static_range(0, KS, 4):
+            x = s[0].index(st).permute((0, 2, 1)).slice(q, 4, dim=0).load(RIGHT)
+            sums = ()
+            for i in gl.static_range(S):
+                at = st * C.BOXES + i // BOX
+                codes = s[1].index(at).slice(q, 4, dim=0).slice(i % BOX, 1, dim=2)
+                scales = s[2].index(at).slice(q, 4, dim=0).slice(i % BOX, 1, dim=1)
+                w = decode_strip(codes, scales, LEFT, FMT, HALF)
+                sums = sums + (mma_v2(w, x, accs[i]),)  # type: ignore[assignment]  # noqa: RUF005
+            accs = sums
+        mbarrier.arrive(s[4].index(st))
+        st = st + 2
+        if st >= C.STAGES:
+            st = st - C.STAGES
+            phase = phase ^ 1
+    _store_sums(accs, s, out, m, factor, M, N, SUM, C, GROUP)
+
+
+@gluon.jit
+def _factor(m, alpha, M, C: gl.constexpr):
+    if C.ALPHA == 0:
+        return gl.full(m.shape, C.FACTOR, gl.float32, m.type.layout)
+    elif C.ALPHA == 1:
+        return gl.full(m.shape, C.FACTOR, gl.float32, m.type.layout) * gl.load(alpha)
+    else:
+        return gl.load(alpha + m, mask=m < M, other=0.0) * C.FACTOR
+
+
+@gluon.jit
+def _store_sums(accs, s, out, m, factor, M, N, SUM: gl.constexpr, C: gl.constexpr, GROUP: gl.constexpr):
+    """Add the eight warps' sums in the order of the warps, and store every second strip."""
+    BM: gl.constexpr = C.BM
+    S: gl.constexpr = C.S
+    ROWS: gl.constexpr = gl.SliceLayout(0, SUM)
+    # Where codes were: nothing is loaded any more, and both groups are through with what was.
+    parts = reinterpret(s[1], gl.float32, [S, 8, 16, BM], gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0]))
+    mbarrier.arrive(s[5])
+    mbarrier.wait(s[5], 0)
+    for i in gl.static_range(S):
+        parts.index(i).slice(4 * GROUP, 4, dim=0).store(accs[i])
+    warp_group_barrier()
+    mbarrier.arrive(s[6])
+    mbarrier.wait(s[6], 0)
+    row = _first_strip(N, C) * 16 + gl.arange(0, 16, gl.SliceLayout(1, ROWS))
+    to = out + m[None, :] * N + row[:, None]
+    for i in gl.static_range(GROUP, S, 2):
+        value = gl.sum(parts.index(i).load(SUM), axis=0) * factor[None, :]
+        gl.store(to + i * 16, value.to(out.dtype.element_ty), mask=(m < M)[None, :])
+
+
+@gluon.jit
+def _group0(d, s, out, alpha, M, N, STEPS, C: gl.constexpr):
+    _multiply(d, s, out, alpha, M, N, STEPS, C, 0)
+
+
+@gluon.jit
+def _group1(d, s, out, alpha, M, N, STEPS, C: gl.constexpr):
+    _multiply(d, s, out, alpha, M, N, STEPS, C, 1)
+
+
+@gluon.jit(do_not_specialize=["M", "STEPS"])
+def strips_kernel(
+    x_desc, codes_desc, scales_desc, out, alpha, M, N, STEPS,
+    FMT: gl.constexpr, HALF: gl.constexpr, BM: gl.constexpr, S: gl.constexpr, KS: gl.constexpr,
+    STAGES: gl.constexpr, ALPHA: gl.constexpr, FACTOR: gl.constexpr,
+    REGISTERS: gl.constexpr, LOADER_REGISTERS: gl.constexpr,
+):  # fmt: skip
+    """``out = (x @ w.T) * alpha`` for M up to BM; N is a multiple of 128, STEPS of KS, 64 times STEPS the padded K.
+
+    Descriptors are those of ``_hopper_launch``.
+    """
+    C: gl.constexpr = _plan(FMT, HALF, BM, S, KS, STAGES, ALPHA, FACTOR, REGISTERS, LOADER_REGISTERS)
+    LOADS: gl.constexpr = STAGES * C.BOXES
+    BOX: gl.constexpr = C.BOX
+    PLANES: gl.constexpr = C.PLANES
+    SCALE_WORDS: gl.constexpr = C.SCALE_WORDS
+    xs = gl.allocate_shared_memory(gl.float16 if HALF else gl.bfloat16, [STAGES, KS, BM, 64], x_desc.layout)
+    codes = gl.allocate_shared_memory(gl.int32, [LOADS, KS, PLANES, BOX, 128], codes_desc.layout)
+    scales = gl.allocate_shared_memory(gl.int32, [LOADS, KS, BOX, SCALE_WORDS], scales_desc.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    done = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    given = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=1)
+    mbarrier.init(done, count=2)
+    mbarrier.init(given, count=2)
+    fence_async_shared()
+    d = (x_desc, codes_desc, scales_desc)
+    s = (xs, codes, scales, full, empty, done, given)
+    gl.warp_specialize([
+        (_group0, (d, s, out, alpha, M, N, STEPS, C)),
+        (_group1, (d, s, out, alpha, M, N, STEPS, C)),
+        (_loader, (d, s, out, alpha, M, N, STEPS, C)),
+    ], [4, 1], [REGISTERS, LOADER_REGISTERS])  # fmt: skip

@@ -1,0 +1,193 @@
+"""How the Hopper products are cut up: of the ways here, the one whose predicted time is least.
+
+That follows from a product's sizes alone. The prediction adds up steps of 64 along K; what a step takes was measured on
+an NVIDIA H200 (``benchmarks/NOTES.md``).
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+
+__all__ = ["STRIPS", "WAYS", "Cut", "Strips", "Way", "choose", "cut"]
+
+
+class Way(NamedTuple):
+    """A way to cut a product up into tiles; see ``_hopper_plan.Plan`` for the first fields."""
+
+    BM: int
+    R: int = 1
+    KW: int = 1
+    KS: int = 1
+    STAGES: int = 4
+    STREAM: bool = False
+    RESIDENT: int = 1
+    """Programs that a multiprocessor holds."""
+    start: float = 4.9
+    """What a launch takes beside its steps, in microseconds."""
+    step: float = 0.3
+    """Microseconds a step of a program."""
+    shared_step: float = 0.0
+    """The same with RESIDENT programs on a multiprocessor."""
+    BAND: int = 8
+
+    @property
+    def rows(self) -> int:
+        """Weight rows a tile."""
+        return 128 * self.R // self.KW
+
+
+class Strips(NamedTuple):
+    """A way to cut a product up into strips of 16 weight rows; see ``_hopper_plan.StripPlan`` for the first fields."""
+
+    BM: int
+    S: int
+    KS: int
+    STAGES: int
+    RESIDENT: int = 1
+    """Programs that a multiprocessor holds."""
+    start: float = 3.0
+    """What a launch takes beside its steps, in microseconds."""
+    step: float = 0.012
+    """Microseconds a step of 64 along K of a program takes beside its strips."""
+    strip: float = 0.019
+    """Microseconds a step and a strip of a program take."""
+
+
+WAYS = (
+    Way(8, KS=4, STAGES=6, STREAM=True, start=3.3, step=0.18),
+    Way(8, KS=4, STAGES=4, STREAM=True, RESIDENT=2, start=4.3, step=0.19, shared_step=0.32),
+    Way(8, KW=2, KS=2, STAGES=8, RESIDENT=2, start=3.6, step=0.105, shared_step=0.17),
+    Way(16, KS=4, STAGES=6, STREAM=True, start=3.3, step=0.20),
+    Way(16, KS=4, STAGES=3, STREAM=True, RESIDENT=2, start=4.3, step=0.25, shared_step=0.385),
+    Way(16, KW=2, KS=2, STAGES=8, RESIDENT=2, start=3.6, step=0.12, shared_step=0.20),
+    Way(32, KS=2, STAGES=7, STREAM=True, step=0.25),
+    Way(32, KS=2, STAGES=5, STREAM=True, RESIDENT=2, step=0.26, shared_step=0.42),
+    Way(32, KS=2, STAGES=5, RESIDENT=2, start=4.5, step=0.23, shared_step=0.39),
+    Way(64, STAGES=12, STREAM=True, step=0.32),
+    Way(64, STAGES=8, STREAM=True, RESIDENT=2, step=0.32, shared_step=0.53),
+    Way(64, STAGES=6, RESIDENT=2, start=4.5, step=0.265, shared_step=0.47),
+    Way(128, STAGES=9, STREAM=True, start=5.0, step=0.40),
+    Way(128, STAGES=7, start=5.0, step=0.36),
+    Way(128, R=2, STAGES=5, STREAM=True, start=5.0, step=0.73),
+    Way(128, R=2, STAGES=5, start=5.0, step=0.66),
+    Way(256, STAGES=5, STREAM=True, start=6.0, step=0.68),
+    Way(256, STAGES=4, start=6.0, step=0.64),
+)
+# Yet to be fitted: start, step and strip are guesses.
+STRIPS = (
+    Strips(8, S=1, KS=8, STAGES=14),
+    Strips(8, S=2, KS=8, STAGES=10),
+    Strips(8, S=3, KS=8, STAGES=8),
+    Strips(8, S=4, KS=8, STAGES=7),
+    Strips(8, S=6, KS=4, STAGES=10),
+    Strips(8, S=8, KS=4, STAGES=8),
+    Strips(8, S=10, KS=4, STAGES=7),
+    Strips(8, S=12, KS=4, STAGES=6),
+    Strips(8, S=14, KS=4, STAGES=6),
+    Strips(8, S=16, KS=4, STAGES=5),
+    Strips(16, S=1, KS=8, STAGES=10, step=0.025, strip=0.0205),
+    Strips(16, S=2, KS=8, STAGES=8, step=0.025, strip=0.0205),
+    Strips(16, S=3, KS=8, STAGES=7, step=0.025, strip=0.0205),
+    Strips(16, S=4, KS=8, STAGES=6, step=0.025, strip=0.0205),
+    Strips(16, S=6, KS=4, STAGES=9, step=0.025, strip=0.0205),
+    Strips(16, S=8, KS=4, STAGES=8, step=0.025, strip=0.0205),
+    Strips(16, S=10, KS=4, STAGES=6, step=0.025, strip=0.0205),
+    Strips(16, S=12, KS=4, STAGES=6, step=0.025, strip=0.0205),
+    Strips(16, S=14, KS=4, STAGES=5, step=0.025, strip=0.0205),
+    Strips(16, S=16, KS=4, STAGES=5, step=0.025, strip=0.0205),
+)
+_SUM_START, _SUM_BYTES_PER_US = 1.2, 6e6
+
+
+class Cut(NamedTuple):
+    """A way with the numbers that follow from the sizes."""
+
+    way: Way | Strips
+    programs: int
+    tiles_m: int
+    tiles_n: int
+    trips: int
+    """Trips along K, for strips steps of 64."""
+    parts: int
+    """The most programs that share a tile; 1 if every tile has one of its own."""
+    us: float
+
+
+def cut(way: Way | Strips, m: int, n: int, k: int, processors: int) -> Cut | None:
+    """A product of m rows and a weight of n x k, padded, cut up in a way; None where that can't be."""
+    if isinstance(way, Strips):
+        return _cut_to_strips(way, n, k, processors)
+    trips, rest = divmod(k, 256 * way.KW)
+    tiles_n, rest_n = divmod(n, way.rows)
+    if rest or rest_n:
+        return None
+    tiles_m = triton.cdiv(m, way.BM)
+    tiles = tiles_m * tiles_n
+    slots = processors * way.RESIDENT
+    total = tiles * trips
+    programs, parts = min(tiles, slots), 1
+    if way.STREAM:
+        # An equal number of whole parts for each tile where there are few, so that no program has two.
+        programs = min(slots // tiles, trips) * tiles if tiles <= slots else min(slots, total)
+        parts = _most_sharers(tiles, trips, programs)
+    most_trips = triton.cdiv(total, programs) if way.STREAM else triton.cdiv(tiles, programs) * trips
+    us = way.start + most_trips * 4 * way.KW * (way.shared_step if programs > processors else way.step)
+    if parts > 1:
+        shared = programs if total % programs == 0 and trips % (total // programs) == 0 else 2 * programs
+        us += _SUM_START + shared * 8 * way.rows * min(way.BM, m) / _SUM_BYTES_PER_US
+    return Cut(way, programs, tiles_m, tiles_n, trips, parts, us)
+
+
+def _cut_to_strips(way: Strips, n: int, k: int, processors: int) -> Cut | None:
+    steps = k // 64
+    if steps % way.KS or n < 16 * way.S:
+        return None
+    programs = triton.cdiv(n, 16 * way.S)
+    passes = triton.cdiv(programs, processors * way.RESIDENT)
+    us = way.start + passes * steps * (way.step + way.S * way.strip)
+    return Cut(way, programs, 1, programs, steps, 1, us)
+
+
+_COUNTED_TILES = 2048
+
+
+@functools.cache
+def _most_sharers(tiles: int, trips: int, programs: int) -> int:
+    """The most programs that one tile's trips fall to, or a bound on it where counting would take long."""
+    each, more = divmod(tiles * trips, programs)
+    if tiles > _COUNTED_TILES:
+        return triton.cdiv(trips - 1, each) + 1
+
+    def at(position: int) -> int:
+        longer = more * (each + 1)
+        return position // (each + 1) if position < longer else more + (position - longer) // max(each, 1)
+
+    return max(at((t + 1) * trips - 1) - at(t * trips) + 1 for t in range(tiles))
+
+
+@functools.lru_cache(4096)
+def choose(
+    m: int,
+    n: int,
+    k: int,
+    processors: int,
+    out_dtype: torch.dtype = torch.bfloat16,
+    whole_steps: bool = True,
+) -> Cut:
+    """The cut of least predicted time for m rows and a weight of n x k, padded.
+
+    ``whole_steps``: K is a multiple of 64 without padding too, which strips need.
+    """
+    least = next((bm for bm in (8, 16, 32, 64) if m <= bm), 64)
+    most = 4 * least if m > 32 else least
+    ways: list[Way | Strips] = [way for way in WAYS if least <= way.BM <= most]
+    if out_dtype == torch.float32:  # which threads store; more sums leave them no registers
+        ways = [way for way in ways if isinstance(way, Way) and way.R * way.BM <= 128]
+    if whole_steps:
+        ways += [way for way in STRIPS if least == way.BM]
+    cuts = [cut(way, m, n, k, processors) for way in ways]
+    return min((each for each in cuts if each is not None), key=lambda each: each.us)
