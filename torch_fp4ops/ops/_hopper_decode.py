@@ -67,8 +67,8 @@ def _fp4_asm(half):
     if half:
         lines.append("and.b32 t, $8, 0x0C000C00; or.b32 p, p, t; shr.u32 t, $8, 4; and.b32 t, t, 0x02000200;")
     else:
-        # To the right by 3 and by 7 at once, and not on the ALU pipe, which has the most to do.
-        lines.append("and.b32 t, $8, 0x2C002C00; mul.hi.u32 t, t, 0x22000000; and.b32 t, t, 0x01C001C0;")
+        lines.append("shr.u32 t, $8, 3; and.b32 t, t, 0x01800180; or.b32 p, p, t;")
+        lines.append("shr.u32 t, $8, 7; and.b32 t, t, 0x00400040;")
     lines.append(f"or.b32 p, p, t; mul.rn.{kind} p, p, s1; mov.b32 {{$6, $7}}, p; }}")
     return "\n".join(lines)
 
