@@ -25,8 +25,8 @@ _CAPABILITY = (9, 0)
 
 _REGISTERS = {1: (None, 240), 2: (80, 104)}
 """By resident programs: the registers a thread that a program starts with, and those of its warp groups later."""
-_STRIP_REGISTERS = {1: (None, 232, 40), 2: (80, 104, 32)}
-"""The same for strips, and those of the loading warp, which has more places to remember."""
+_STRIP_REGISTERS, _STRIP_LOADER_REGISTERS = 232, 40
+"""The same for strips, one program to a multiprocessor, whose loading warp has more places to remember."""
 _SHARED_BYTES = 227 * 1024
 _BARRIER_BYTES = 3072  # generously
 
@@ -135,8 +135,7 @@ def _multiply_strips(
         for words, block in zip((codes, scales), weight_blocks, strict=True)
     ]
     args = (x_desc, *weight_descs, out, alpha, m, n, cut.trips)
-    most = _STRIP_REGISTERS[way.RESIDENT][0]
-    launch(strips_kernel, (cut.programs,), 128, out.device, *args, max_registers=most, **plan._asdict())
+    launch(strips_kernel, (cut.programs,), 128, out.device, *args, **plan._asdict())
 
 
 @functools.cache
@@ -197,11 +196,11 @@ def _strip_plan(way: Strips, fmt: str, dtype: torch.dtype, out_dtype: torch.dtyp
         STAGES=way.STAGES,
         ALPHA=alpha_form,
         FACTOR=FACTORS[fmt],
-        REGISTERS=_STRIP_REGISTERS[way.RESIDENT][1],
-        LOADER_REGISTERS=_STRIP_REGISTERS[way.RESIDENT][2],
+        REGISTERS=_STRIP_REGISTERS,
+        LOADER_REGISTERS=_STRIP_LOADER_REGISTERS,
     )
-    room = _SHARED_BYTES // way.RESIDENT - _BARRIER_BYTES
-    return plan._replace(STAGES=min(way.STAGES, room // plan.STAGE_BYTES))
+    room = _SHARED_BYTES - _BARRIER_BYTES
+    return plan._replace(STAGES=min(way.STAGES, room // plan.STAGE_BYTES // 2 * 2))
 
 
 # What is compiled offline
@@ -215,6 +214,8 @@ def offline_cases() -> Iterator[AotCase]:
 
     for way in WAYS:
         yield _offline_case(way, "nvfp4")
+        if way.STREAM:  # where each program's share is a whole tile
+            yield _offline_case(way, "nvfp4", stream=False)
     ends = (WAYS[0], WAYS[2], WAYS[-4], WAYS[-3], WAYS[-1])
     for way in ends:
         yield _offline_case(way, "mxfp4")
@@ -241,10 +242,12 @@ def _offline_case(
     dtype: torch.dtype = torch.bfloat16,
     out_dtype: torch.dtype = torch.bfloat16,
     alpha_form: int = 1,
+    stream: bool = True,
 ) -> AotCase:
     from ._hopper_gemm import matmul_kernel
 
     plan = _plan(way, fmt, dtype, out_dtype, alpha_form)
+    plan = plan._replace(STREAM=plan.STREAM and stream)
     constants: dict[str, Any] = plan._asdict()
     layouts, blocks = (_layout(128, 16, 2), _layout(0, 32, 2)), _blocks(plan)
     signature = {
@@ -257,13 +260,13 @@ def _offline_case(
     }
     if plan.TMA_STORE:
         signature["out_desc"] = f"tensordesc<{_TYPES[out_dtype]}[{way.BM}, 64],{layouts[0]!r}>"
-    if way.STREAM:
+    if plan.STREAM:
         signature["sums"] = "*fp32"
     for name in ("out_desc", "sums"):
         if name not in signature:
             constants[name] = None
     kind = f"{fmt}-{_TYPES[dtype]}-{_TYPES[out_dtype]}"
-    tile = f"{way.BM}x{way.rows}{f'-kw{way.KW}' * (way.KW > 1)}{'-stream' * way.STREAM}-{way.RESIDENT}"
+    tile = f"{way.BM}x{way.rows}{f'-kw{way.KW}' * (way.KW > 1)}{'-stream' * plan.STREAM}-{plan.STAGES}-{way.RESIDENT}"
     most = _REGISTERS[way.RESIDENT][0]
     return AotCase(f"hopper-{kind}-{tile}", matmul_kernel, signature, constants, 128, ("N",), most)
 
@@ -287,6 +290,5 @@ def _offline_strips(
         "alpha": "*fp32",
         **dict.fromkeys(("M", "N", "STEPS"), "i32"),
     }
-    name = f"hopper-strips-{fmt}-{_TYPES[dtype]}-{_TYPES[out_dtype]}-{way.BM}x{way.S}x{way.KS}-{way.RESIDENT}"
-    most = _STRIP_REGISTERS[way.RESIDENT][0]
-    return AotCase(name, strips_kernel, signature, plan._asdict(), 128, ("N",), most)
+    name = f"hopper-strips-{fmt}-{_TYPES[dtype]}-{_TYPES[out_dtype]}-{way.BM}x{way.S}x{way.KS}"
+    return AotCase(name, strips_kernel, signature, plan._asdict(), 128, ("N",))

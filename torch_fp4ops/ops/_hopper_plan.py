@@ -91,6 +91,7 @@ class StripPlan(NamedTuple):
     KS: int
     """Steps of 64 along K a stage, a multiple of 4."""
     STAGES: int
+    """An even number: then each is always the same group's, which a wait for a parity needs."""
     ALPHA: int
     FACTOR: float
     REGISTERS: int

@@ -85,6 +85,8 @@ def _multiply(d, s, out, alpha, M, N, STEPS, C: gl.constexpr, GROUP: gl.constexp
                 w = decode_strip(codes, scales, LEFT, FMT, HALF)
                 sums = sums + (mma_v2(w, x, accs[i]),)  # type: ignore[assignment]  # noqa: RUF005
             accs = sums
+        # Without it TMA may write before all that was read has arrived in registers.
+        fence_async_shared()
         mbarrier.arrive(s[4].index(st))
         st = st + 2
         if st >= C.STAGES:

@@ -47,14 +47,10 @@ class Strips(NamedTuple):
     S: int
     KS: int
     STAGES: int
-    RESIDENT: int = 1
-    """Programs that a multiprocessor holds."""
-    start: float = 3.0
+    start: float
     """What a launch takes beside its steps, in microseconds."""
-    step: float = 0.012
-    """Microseconds a step of 64 along K of a program takes beside its strips."""
-    strip: float = 0.019
-    """Microseconds a step and a strip of a program take."""
+    strip: float
+    """Microseconds a step of 64 along K and a strip of a program take."""
 
 
 WAYS = (
@@ -77,29 +73,24 @@ WAYS = (
     Way(256, STAGES=5, STREAM=True, start=6.0, step=0.68),
     Way(256, STAGES=4, start=6.0, step=0.64),
 )
-# Yet to be fitted: start, step and strip are guesses.
-STRIPS = (
-    Strips(8, S=1, KS=8, STAGES=14),
-    Strips(8, S=2, KS=8, STAGES=10),
-    Strips(8, S=3, KS=8, STAGES=8),
-    Strips(8, S=4, KS=8, STAGES=7),
-    Strips(8, S=6, KS=4, STAGES=10),
-    Strips(8, S=8, KS=4, STAGES=8),
-    Strips(8, S=10, KS=4, STAGES=7),
-    Strips(8, S=12, KS=4, STAGES=6),
-    Strips(8, S=14, KS=4, STAGES=6),
-    Strips(8, S=16, KS=4, STAGES=5),
-    Strips(16, S=1, KS=8, STAGES=10, step=0.025, strip=0.0205),
-    Strips(16, S=2, KS=8, STAGES=8, step=0.025, strip=0.0205),
-    Strips(16, S=3, KS=8, STAGES=7, step=0.025, strip=0.0205),
-    Strips(16, S=4, KS=8, STAGES=6, step=0.025, strip=0.0205),
-    Strips(16, S=6, KS=4, STAGES=9, step=0.025, strip=0.0205),
-    Strips(16, S=8, KS=4, STAGES=8, step=0.025, strip=0.0205),
-    Strips(16, S=10, KS=4, STAGES=6, step=0.025, strip=0.0205),
-    Strips(16, S=12, KS=4, STAGES=6, step=0.025, strip=0.0205),
-    Strips(16, S=14, KS=4, STAGES=5, step=0.025, strip=0.0205),
-    Strips(16, S=16, KS=4, STAGES=5, step=0.025, strip=0.0205),
+# About 100 KB of stages are loaded at a time; more were slower. Four steps a stage fit any K, eight have less to wait for.
+_STRIP_STAGES = {
+    8: {
+        (1, 8): 8, (1, 4): 16, (2, 8): 6, (2, 4): 12, (3, 8): 6, (3, 4): 10, (4, 8): 4, (4, 4): 8,
+        (6, 4): 6, (8, 4): 6, (10, 4): 4, (12, 4): 4, (14, 4): 4,
+    },
+    16: {
+        (1, 8): 6, (1, 4): 10, (2, 8): 4, (2, 4): 8, (3, 8): 4, (3, 4): 8, (4, 8): 4, (4, 4): 6,
+        (6, 4): 6, (8, 4): 4, (10, 4): 4, (12, 4): 4, (14, 4): 4,
+    },
+}  # fmt: skip
+"""By rows of x, strips and steps a stage: the number of stages."""
+STRIPS = tuple(
+    Strips(BM, S, KS, stages, start=3.6 + (0.17 if BM == 8 else 0.2) * S, strip=0.0172 if BM == 8 else 0.0195)
+    for BM, table in _STRIP_STAGES.items()
+    for (S, KS), stages in table.items()
 )
+_STRIPS_STEP, _NEXT_PASS = 0.004, 5.0
 _SUM_START, _SUM_BYTES_PER_US = 1.2, 6e6
 
 
@@ -147,8 +138,8 @@ def _cut_to_strips(way: Strips, n: int, k: int, processors: int) -> Cut | None:
     if steps % way.KS or n < 16 * way.S:
         return None
     programs = triton.cdiv(n, 16 * way.S)
-    passes = triton.cdiv(programs, processors * way.RESIDENT)
-    us = way.start + passes * steps * (way.step + way.S * way.strip)
+    passes = triton.cdiv(programs, processors)
+    us = way.start + passes * steps * (_STRIPS_STEP + way.S * way.strip) + (passes - 1) * _NEXT_PASS
     return Cut(way, programs, 1, programs, steps, 1, us)
 
 
