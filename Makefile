@@ -46,15 +46,13 @@ test-oldest-flashinfer: $(OLDEST)/.done  ## the FlashInfer adapters against the 
 	$(OLDEST)/bin/python -m pytest tests/ops/test_flashinfer.py $(ARGS)
 
 offline: $(call with,test)  ## compile every Triton kernel for every target, without a GPU, and print a table
-	$(PY) compile_tests/offline.py $(ARGS)
-	$(PY) -m compile_tests.test_triton_gemm_offline
+	$(PY) -m compile_tests.offline --jobs $(JOBS) $(ARGS)
 
 # Compiling needs no torch that goes with this Triton, so it lies beside the environment's own.
 offline-newest: $(call with,test)  ## the tests of that, with the newest Triton that is known to work
 	test -d $(NEWEST) || $(PY) -m pip install -qq --no-deps --target $(NEWEST) triton==$(NEWEST_TRITON)
 	PYTHONPATH=$(NEWEST) $(PY) -m pytest $(if $(filter-out 1,$(JOBS)),-n $(JOBS)) \
-		compile_tests/test_triton_offline.py compile_tests/test_triton_gemm_offline.py \
-		compile_tests/test_hopper_offline.py $(ARGS)
+		compile_tests/test_triton_offline.py compile_tests/test_triton_gemm_offline.py $(ARGS)
 
 lint: $(call with,dev)  ## style and format, nothing is changed
 	$(PY) -m ruff check

@@ -308,7 +308,7 @@ def precompile(arch: str, jobs: int) -> None:
                 signature = {**case.signature, "out_ptr": "*bf16" if parts == 1 else "*fp32"}
                 cases.append(case._replace(signature=signature, constants={**case.constants, "SPLITS": parts}))
     with ThreadPoolExecutor(jobs) as pool:
-        got = list(pool.map(lambda c: compile_apart(c, arch), cases))
+        got = list(pool.map(lambda c: compile_apart(c, arch, keep=True), cases))
     spilling = sum(g.spilled_bytes > 0 for g in got)
     errors = [g.error for g in got if g.error]
     say(f"precompiled {len(cases)} kernels for {arch}, {len(errors)} failures, {spilling} spill", *errors[:3])

@@ -349,7 +349,7 @@ def precompile(arch: str, jobs: int) -> None:
             constants = {key: tile_constants.get(key, value) for key, value in model.constants.items()}
             cases.append(model._replace(constants=constants, threads=tile.threads))
     with ThreadPoolExecutor(jobs) as pool:
-        errors = [r.error for r in pool.map(lambda c: compile_apart(c, arch), cases) if r.error]
+        errors = [r.error for r in pool.map(lambda c: compile_apart(c, arch, keep=True), cases) if r.error]
     say(f"precompiled {len(cases)} kernels for {arch}, {len(errors)} failures", *errors[:3])
 
 

@@ -2,29 +2,76 @@
 
 from __future__ import annotations
 
-import re
+import os
+import threading
+import time
 
 import pytest
 
 triton = pytest.importorskip("triton", reason="needs Triton")
 
-from .offline import TARGETS, aot_cases, compile_apart  # noqa: E402
+from . import compiler  # noqa: E402
+from .compiler import compile_apart, compile_case  # noqa: E402
+from .offline import TARGETS, Wanted, aot_cases, faults  # noqa: E402
 
-CASES = [] if triton.knobs.runtime.interpret else list(aot_cases())
+if triton.knobs.runtime.interpret:
+    pytest.skip("nothing is compiled in Triton's interpreter", allow_module_level=True)
+
+CASES = list(aot_cases())
 PAIRS = [pytest.param(case, target, id=f"{case.name}-{target}") for case in CASES for target in TARGETS]
 
 
 @pytest.mark.parametrize(("case", "target"), PAIRS)
 def test_compiles_without_spills(case, target):
-    compiled = compile_apart(case, target)
-    assert not compiled.error
-    assert compiled.spilled_bytes == 0, f"{compiled.registers} registers"
-    assert 0 < compiled.registers <= 255
-    # Denormals count in the reference, and the kernels' inputs reach into them. Two have no other form: the first guess
-    # of a reciprocal, of which nothing is denormal, and powers of two, where a softmax can do without weights of 2^-126.
-    assert not re.search(r"(?<!div\.approx)(?<!ex2\.approx)\.ftz\b", compiled.assembly)
+    assert not faults(Wanted(case, (target,)), target, compile_apart(case, target))
 
 
 def test_names_are_unique():
     names = [case.name for case in CASES]
     assert len(names) == len(set(names))
+
+
+def _steps(case):
+    return case.constants.get("STEPS", 1) * case.constants.get("ITERS", 1)
+
+
+# The last of the shortest of each kernel.
+SHORTEST = {case.kernel: case for case in sorted(CASES, key=_steps, reverse=True)}.values()
+
+
+@pytest.mark.parametrize("case", SHORTEST, ids=lambda case: case.name)
+def test_targets_of_a_generation_share_ttgir_without_a_difference(case):
+    for target in TARGETS:
+        shared = compile_apart(case, target)
+        whole = compile_apart(case, target, share=False)
+        assert not shared.error
+        assert shared.assembly == whole.assembly, target
+        assert shared.registers == whole.registers, target
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    """A case to be compiled in a process of its own, a fork of this one, which has what a test patches here."""
+    monkeypatch.setattr(compiler, "_own", threading.local())
+    yield next(case for case in CASES if case.kernel.__name__ == "sum_splits_kernel")
+    compiler._own.process.stop()
+
+
+@pytest.mark.parametrize(
+    ("end", "reason"),
+    [
+        (os.abort, "the compiler ended the process (exit code -6)"),
+        (lambda: time.sleep(60), "took more than 2 s"),
+        (lambda: 1 / 0, "ZeroDivisionError: division by zero"),
+    ],
+)
+def test_a_case_that_ends_the_compiler_fails_alone(kernel, monkeypatch, end, reason):
+    def compile_or_end(case, *arguments):
+        return end() if case.name == "bad" else compile_case(case, *arguments)
+
+    monkeypatch.setattr(compiler, "compile_case", compile_or_end)
+    assert not compile_apart(kernel, "sm_80").error
+    with monkeypatch.context() as patch:
+        patch.setattr(compiler, "TIMEOUT_S", 2)
+        assert compile_apart(kernel._replace(name="bad"), "sm_80").error == reason
+    assert not compile_apart(kernel, "sm_80").error
