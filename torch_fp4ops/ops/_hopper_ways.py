@@ -73,7 +73,7 @@ WAYS = (
     Way(256, STAGES=5, STREAM=True, start=6.0, step=0.68),
     Way(256, STAGES=4, start=6.0, step=0.64),
 )
-# About 100 KB of stages are loaded at a time; more were slower. Four steps a stage fit any K, eight have less to wait for.
+# About 100 KB of stages are loaded at a time; more were slower. Four steps a stage fit any K, eight wait less often.
 _STRIP_STAGES = {
     8: {
         (1, 8): 8, (1, 4): 16, (2, 8): 6, (2, 4): 12, (3, 8): 6, (3, 4): 10, (4, 8): 4, (4, 4): 8,
