@@ -361,7 +361,7 @@ def _aot_case(
     short = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[plain]
     ints = ("M", "n_units", "K", "a_row_units", "a_scale_cols", "b_scale_cols")
     parts = 4 if config.SPLIT and not grouped else 1
-    signature = {"out_ptr": "*bf16" if parts == 1 else "*fp32", **dict.fromkeys(ints, "i32")}
+    signature = {"out_ptr": "*fp32" if grouped or parts > 1 else "*bf16", **dict.fromkeys(ints, "i32")}
     for side, fmt in (("a", a_format), ("b", b_format)):
         signature[f"{side}_ptr"] = f"*{short}" if fmt == PLAIN else "*u8"
         if fmt != PLAIN:
