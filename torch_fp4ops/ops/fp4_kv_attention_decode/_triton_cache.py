@@ -30,7 +30,6 @@ from .. import _triton_pairs as pairs
 __all__ = [
     "in_row_order",
     "keys",
-    "ones",
     "paired",
     "scales",
     "value_of_column",
@@ -62,22 +61,31 @@ def value_of_summand(n, WORDS: tl.constexpr, PER: tl.constexpr, RUN: tl.constexp
 
 
 @triton.jit
-def words(start, WORDS: tl.constexpr, ALIGNED: tl.constexpr):
-    """``[R, WORDS]`` words of rows of bytes that start at multiples of ALIGNED."""
+def words(start, there, WORDS: tl.constexpr, ALIGNED: tl.constexpr):
+    """``[R, WORDS]`` words of rows of bytes that start at multiples of ALIGNED; where a mask is given, zeros where it
+    says that no row is."""
     col = tl.arange(0, WORDS)[None, :]
     if ALIGNED >= 4:
-        return tl.load(start.to(tl.pointer_type(tl.uint32), bitcast=True)[:, None] + col)
+        return _load(start.to(tl.pointer_type(tl.uint32), bitcast=True)[:, None] + col, there)
     else:
         word = tl.zeros((start.shape[0], WORDS), tl.uint32)
         for i in tl.static_range(4):
-            word |= tl.load(start[:, None] + (col * 4 + i)).to(tl.uint32) << (8 * i)
+            word |= _load(start[:, None] + (col * 4 + i), there).to(tl.uint32) << (8 * i)
         return word
 
 
 @triton.jit
-def scales(start, COUNT: tl.constexpr):
-    """Bytes of block scales ``[R, COUNT]``."""
-    return tl.load(start[:, None] + tl.arange(0, COUNT)[None, :]).to(tl.uint32)
+def scales(start, there, COUNT: tl.constexpr):
+    """Bytes of block scales ``[R, COUNT]``, with a mask as that of :func:`words`."""
+    return _load(start[:, None] + tl.arange(0, COUNT)[None, :], there).to(tl.uint32)
+
+
+@triton.jit
+def _load(place, there):
+    if there is None:
+        return tl.load(place)
+    else:
+        return tl.load(place, mask=there[:, None], other=0)
 
 
 @triton.jit
@@ -216,10 +224,3 @@ def paired(weights, RUN: tl.constexpr):
     pair = tl.permute(tl.reshape(weights, (BN // 16, 2, 8, ROWS)), (0, 2, 1, 3))
     pair = tl.permute(tl.reshape(pair, (BN // (8 * RUN), RUN, 4, 2, ROWS)), (0, 2, 1, 3, 4))
     return tl.reshape(pair, (BN, ROWS))
-
-
-@triton.jit
-def ones(BN: tl.constexpr, DTYPE: tl.constexpr):
-    """``[16, BN]``, to sum weights; joined, for Triton then gives a thread the same summands as of :func:`values`."""
-    half = tl.full((16, BN // 2), 1.0, DTYPE)
-    return tl.reshape(tl.join(half, half), (16, BN))

@@ -27,8 +27,6 @@ NOT_SPECIALIZED = [
 ]
 
 _LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
-_LIFT: tl.constexpr = tl.constexpr(8.0)
-_LOWEST: tl.constexpr = tl.constexpr(-1e38)  # less itself it is 0, as infinity is not
 
 
 @triton.jit
@@ -48,74 +46,49 @@ def _rows(ptr, page, entry, head, strides, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def _pages(first, table_ptr, start, end, pages, PAGE_SIZE: tl.constexpr, BN: tl.constexpr):
-    """The pages of the tile's tokens, and which tokens are there."""
-    token = first + tl.arange(0, BN)
-    there = (token >= start) & (token < end)
-    page = tl.load(table_ptr + token // PAGE_SIZE, mask=there, other=0).to(tl.uint32, bitcast=True)
-    return page, there & (page < pages.to(tl.uint32, bitcast=True))
-
-
-@triton.jit
 def _tile(
-    first, m, total, acc, q, ones, k_ptr, v_ptr, k_sf_ptr, v_sf_ptr, table_ptr, start, end, pages, factor, cap, head,
+    first, m, total, acc, q, k_ptr, v_ptr, k_sf_ptr, v_sf_ptr, table_ptr, start, end, pages, factor, cap, head,
     k_strides, v_strides, k_sf_strides, v_sf_strides, FORMAT: tl.constexpr, DTYPE: tl.constexpr, PER: tl.constexpr,
     RUN: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, PAGE_SIZE: tl.constexpr, CAP: tl.constexpr,
     ALIGNED: tl.constexpr, SF_ALIGNED: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """References, sums of weights and weighted sums of values, with tokens ``first`` to ``first + BN`` added.
-
-    Weights are powers of two of scores less a row's reference ``m``, which no score is above.
-    """
+    """Maxima, sums of weights, row by row of the tile, and weighted sums of values, with tokens ``first`` to
+    ``first + BN`` added."""
     W: tl.constexpr = D // PER
-    V_RUN: tl.constexpr = 2  # of every format: Triton finds no narrow source behind the branch that masks values
-    LIFT: tl.constexpr = 0.0 if DTYPE == tl.float16 else _LIFT  # small weights would be subnormal in float16
-    page, there = _pages(first, table_ptr, start, end, pages, PAGE_SIZE, BN)
-    whole = tl.min(there.to(tl.int32), 0) != 0
-    # Some page is read for every token, which takes no masks. Tiles that are not whole are few, and pay for it below.
+    token = first + tl.arange(0, BN)
+    there = (token >= start) & (token < end)
+    page = tl.load(table_ptr + token // PAGE_SIZE, mask=there, other=0).to(tl.uint32, bitcast=True)
+    there = there & (page < pages.to(tl.uint32, bitcast=True))
+    # Some page is read for every token, which takes no masks: the weights of those that aren't there are 0. Only what
+    # is not finite would still count.
     page = tl.minimum(page, (pages - 1).to(tl.uint32, bitcast=True))
+    finite = there if FORMAT == "plain" else None
     if BN % PAGE_SIZE == 0:
         entry = tl.arange(0, BN) % PAGE_SIZE
     else:
-        entry = (first + tl.arange(0, BN)) % PAGE_SIZE
+        entry = token % PAGE_SIZE
 
-    k_words = c.words(_rows(k_ptr, page, entry, head, k_strides, ALIGNED), W, ALIGNED)
-    v_words = c.words(_rows(v_ptr, page, entry, head, v_strides, ALIGNED), W, ALIGNED)
+    k_words = c.words(_rows(k_ptr, page, entry, head, k_strides, ALIGNED), None, W, ALIGNED)
+    v_words = c.words(_rows(v_ptr, page, entry, head, v_strides, ALIGNED), finite, W, ALIGNED)
     k_scale, v_scale = k_words, v_words
     if k_sf_ptr is not None:
-        k_scale = c.scales(_rows(k_sf_ptr, page, entry, head, k_sf_strides, SF_ALIGNED), D // BLOCK)
-        v_scale = c.scales(_rows(v_sf_ptr, page, entry, head, v_sf_strides, SF_ALIGNED), D // BLOCK)
+        k_scale = c.scales(_rows(k_sf_ptr, page, entry, head, k_sf_strides, SF_ALIGNED), None, D // BLOCK)
+        v_scale = c.scales(_rows(v_sf_ptr, page, entry, head, v_sf_strides, SF_ALIGNED), there, D // BLOCK)
     k = c.keys(k_words, k_scale, PER, RUN, FORMAT, DTYPE)
-    s = _dot(k, q, tl.zeros((BN, q.shape[1]), tl.float32))
+    s = _dot(k, q, tl.zeros((BN, q.shape[1]), tl.float32)) * factor
     if CAP:
-        s = cap - 2.0 * cap / (tl.exp2(s * factor) + 1.0)  # cap * tanh
-        factor = 1.0
-    if not whole:
-        # Looked up anew: to be kept from when loads are issued, masks would take registers in every tile.
-        _, there = _pages(first, table_ptr, start, end, pages, PAGE_SIZE, BN)
-        s = tl.where(c.in_row_order(there)[:, None], s, -float("inf"))
-        # Weights of 0 do for values, if those are finite.
-        if k_sf_ptr is not None:
-            v_scale = tl.where(there[:, None], v_scale, 0)
-        elif FORMAT == "plain":
-            v_words = tl.where(there[:, None], v_words, 0)
-    # Rows 8 apart are one thread's. Threads put their maxima together only where one of them is above a reference, and
-    # references are set higher than need be, so that it seldom is.
-    most = tl.max(tl.reshape(s, (BN // 8, 8, s.shape[1])), 0) * factor
-    above = tl.reshape(most > m[None, :], (8 * s.shape[1],))
-    if tl.max(above.to(tl.int32), 0) != 0:
-        highest = tl.max(most, 0)
-        raised = tl.where(highest > m, highest + LIFT, m)
-        rescale = tl.exp2(m - raised)[None, :]
-        total = total * rescale
-        acc = acc * rescale
-        m = raised
-    less = tl.broadcast_to(-m[None, :], s.shape)
-    weights = p.round_to(tl.exp2(tl.fma(s, tl.full(s.shape, 1.0, tl.float32) * factor, less)), DTYPE)
-    weights = c.paired(weights, V_RUN)
-    total = _dot(ones, weights, total)
-    acc = _dot(c.values(v_words, v_scale, PER, V_RUN, FORMAT, DTYPE), weights, acc)
-    return m, total, acc
+        s = cap - 2.0 * cap / (tl.exp2(s) + 1.0)  # cap * tanh
+    s = tl.where(c.in_row_order(there)[:, None], s, -float("inf"))
+    most = tl.maximum(m, tl.max(s, 0))
+    base = tl.where(most == -float("inf"), 0.0, most)
+    weights = tl.exp2(s - base[None, :])
+    rescale = tl.exp2(m - base)
+    # Rows 8 apart are one thread's.
+    own = tl.sum(tl.reshape(weights, (BN // 8, 8, weights.shape[1])), 0)
+    total = tl.fma(total, tl.broadcast_to(rescale[None, :], total.shape), own)
+    v = c.values(v_words, v_scale, PER, RUN, FORMAT, DTYPE)
+    acc = _dot(v, c.paired(p.round_to(weights, DTYPE), RUN), acc * rescale[None, :])
+    return most, total, acc
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
@@ -199,14 +172,9 @@ def attend_kernel(
     q_start = q_ptr + sequence * q_row + (head * GROUP + row) * q_head
     summand = c.value_of_summand(tl.arange(0, D), D // PER, PER, RUN)
     q = pairs.load_16_bits(q_start[None, :] + summand[:, None], (row < GROUP)[None, :])
-    if not CAP:
-        # The highest product is the highest score, and no product is infinity times 0.
-        q = tl.where(factor < 0.0, -q, q)
-        factor = tl.where(factor == 0.0, 2.0**-100, tl.abs(factor))
     table_ptr += sequence * table_row
-    ones = c.ones(BN, q.dtype)
-    m = tl.full((ROWS,), _LOWEST, tl.float32)
-    total = tl.zeros((16, ROWS), tl.float32)
+    m = tl.full((ROWS,), -float("inf"), tl.float32)
+    total = tl.zeros((8, ROWS), tl.float32)
     acc = tl.zeros((D, ROWS), tl.float32)
     k_strides, v_strides = (k_page, k_entry, k_head), (v_page, v_entry, v_head)
     k_sf_strides, v_sf_strides = (k_sf_page, k_sf_entry, k_sf_head), (v_sf_page, v_sf_entry, v_sf_head)
@@ -214,23 +182,23 @@ def attend_kernel(
         first = lowest
         while first < highest:
             m, total, acc = _tile(
-                first, m, total, acc, q, ones, k_ptr, v_ptr, k_sf_ptr, v_sf_ptr, table_ptr, start, end, pages, factor,
-                cap, head, k_strides, v_strides, k_sf_strides, v_sf_strides, FORMAT, DTYPE, PER, RUN, BLOCK, D,
+                first, m, total, acc, q, k_ptr, v_ptr, k_sf_ptr, v_sf_ptr, table_ptr, start, end, pages, factor, cap,
+                head, k_strides, v_strides, k_sf_strides, v_sf_strides, FORMAT, DTYPE, PER, RUN, BLOCK, D,
                 PAGE_SIZE, CAP, ALIGNED, SF_ALIGNED, BN,
             )  # fmt: skip
             first += BN
     else:
         for first in tl.range(lowest, highest, BN, num_stages=STAGES):
             m, total, acc = _tile(
-                first, m, total, acc, q, ones, k_ptr, v_ptr, k_sf_ptr, v_sf_ptr, table_ptr, start, end, pages, factor,
-                cap, head, k_strides, v_strides, k_sf_strides, v_sf_strides, FORMAT, DTYPE, PER, RUN, BLOCK, D,
+                first, m, total, acc, q, k_ptr, v_ptr, k_sf_ptr, v_sf_ptr, table_ptr, start, end, pages, factor, cap,
+                head, k_strides, v_strides, k_sf_strides, v_sf_strides, FORMAT, DTYPE, PER, RUN, BLOCK, D,
                 PAGE_SIZE, CAP, ALIGNED, SF_ALIGNED, BN,
             )  # fmt: skip
 
     unit = tl.full((1,), 2.0**LOWERED, tl.float32)
     if v_scale_ptr is not None:
         unit = unit * tl.load(v_scale_ptr)
-    sums = tl.max(total, 0)
+    sums = tl.sum(total, 0)
     column = tl.arange(0, D)
     there = row < GROUP
     out_row = (sequence * heads + head) * GROUP + row

@@ -45,13 +45,10 @@ class Tile(NamedTuple):
 def tile_for(fmt: str, dim: int, group: int, on_hip: bool) -> Tile:
     rows = triton.next_power_of_2(group)
     if on_hip:
-        # Fewer tokens where sums take most of the registers.
-        return Tile(32 if rows <= 16 else 16, max(16, rows), 1, 256)
+        return Tile(32, max(16, rows), 1, 256)
     rows = max(8, rows)
     # One warp, as long as its registers hold the sums: then weights never leave it.
     warps = max(dim // 128, dim * rows // 2048, 1)
-    if PER[fmt] == 8 and warps == 1 and rows == 8:
-        return Tile(64, rows, 2, 32)  # fewer instructions a token, where registers last
     return Tile(16 if fmt == "plain" and dim > 64 else 32, rows, 3, 32 * min(8, warps))
 
 
