@@ -211,6 +211,16 @@ def check_attention_of_other_caches(device: str) -> None:
             assert_attention_close(out.cpu(), queries, k, v, seen, 0.1)
 
 
+def check_attention_of_rising_and_falling_scores(device: str) -> None:
+    """Scores far apart, which references follow; scales of scores of either sign, and of none."""
+    arguments = paged(16, [150, 40], 2, 64, 16)
+    for dtype in (torch.bfloat16, torch.float16):
+        q = values(16, 2, 4, 64, dtype=dtype)
+        for sm_scale in (3.0, -3.0, 0.01, 0.0):
+            out = ATTEND.default(*to(device, (q, *arguments)), sm_scale=sm_scale, backend="triton").cpu()
+            assert_close(out, q, *arguments, sm_scale=sm_scale)
+
+
 def check_a_nan_scale_reaches_only_what_depends_on_it(device: str) -> None:
     arguments = list(paged(2, [20, 20], 2, 64))
     page = int(arguments[4][0, 1])
