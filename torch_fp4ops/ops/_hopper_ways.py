@@ -125,6 +125,8 @@ def cut(way: Way | Strips, m: int, n: int, k: int, processors: int) -> Cut | Non
         # An equal number of whole parts for each tile where there are few, so that no program has two.
         programs = min(slots // tiles, trips) * tiles if tiles <= slots else min(slots, total)
         parts = _most_sharers(tiles, trips, programs)
+        if parts == 1 and way.BM >= 64:
+            return None  # the ways of whole tiles have room for more
     most_trips = triton.cdiv(total, programs) if way.STREAM else triton.cdiv(tiles, programs) * trips
     us = way.start + most_trips * 4 * way.KW * (way.shared_step if programs > processors else way.step)
     if parts > 1:

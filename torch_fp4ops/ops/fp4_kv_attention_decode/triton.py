@@ -49,6 +49,8 @@ def tile_for(fmt: str, dim: int, group: int, on_hip: bool) -> Tile:
     rows = max(8, rows)
     # One warp, as long as its registers hold the sums: then weights never leave it.
     warps = max(dim // 128, dim * rows // 2048, 1)
+    if PER[fmt] == 8 and warps == 1 and rows == 8:
+        return Tile(64, rows, 2, 32)  # fewer instructions a token, where registers last
     return Tile(16 if fmt == "plain" and dim > 64 else 32, rows, 3, 32 * min(8, warps))
 
 
