@@ -97,6 +97,7 @@ _HOPPER = (
     Config(128, 128, 64, 256, 3, SPLIT=True),
     Config(128, 128, 64, 256, 3),
 )
+_SM120 = (Config(16, 64, 64, 128, 4, SPLIT=True), *_AMPERE[1:])  # twice as wide Triton 3.9 spills
 _AMD = (
     Config(16, 64, 64, 256, 2, SPLIT=True),
     Config(64, 64, 64, 256, 2, SPLIT=True),
@@ -115,7 +116,7 @@ _TABLES = {
     "sm80": _AMPERE,
     "sm90": _HOPPER,
     "sm100": _HOPPER,
-    "sm120": _AMPERE,
+    "sm120": _SM120,
     "amd": _AMD,
 }
 # TF32 operands take twice the room.
@@ -311,7 +312,7 @@ _TARGETS = {
     "sm80": (("sm_80", "sm_86", "sm_89"), r"mma\.sync\.aligned\.m16n8k(16|8)\.row\.col\.f32\.{0}\.{0}"),
     "sm90": (("sm_90",), r"(wgmma\.mma_async|mma\.sync).*\.f32\.{0}\.{0}"),
     "sm100": (("sm_100", "sm_103"), r"(tcgen05\.mma|mma\.sync)"),
-    "sm120": (("sm_120",), r"mma\.sync.*\.f32\.{0}\.{0}"),
+    "sm120": (("sm_120", "sm_121"), r"mma\.sync.*\.f32\.{0}\.{0}"),
     "amd": (("gfx942", "gfx950"), r"v_mfma_f32"),
 }
 _NATIVE_INSTRUCTIONS = {
