@@ -140,10 +140,12 @@ class Op(WithBackends):
         if overridden():
             kind = (requested(self.name), *kind)
         known = self._known.get(kind)
-        if known is None or (_gpus() > 1 and device >= 0 and device != torch.cuda.current_device()):
+        if known is None:
             return self._run_of_unknown_kind(kind, given, args, kwargs)
         if device < 0:
             self._check(args, kwargs)
+        elif _gpus() > 1 and device != torch.cuda.current_device():
+            return self._run_checked(args, kwargs)  # which makes it the current one
         run, written = known
         try:
             if type(run) is Plan:
