@@ -310,7 +310,7 @@ def op(
 
 _straight_to_kernel: set[int] = set()
 _warned: set[str] = set()
-_MOST_KINDS = 1 << 14
+_MOST_KINDS = 1 << 12
 
 
 def _with_none_for_defaults(schema: str) -> str:
