@@ -283,6 +283,37 @@ def test_an_output_that_comes_back_as_an_argument_is_refused(graphs):
     step(x, outs[2].clone())
 
 
+def test_tensors_within_arguments(graphs):
+    def function(x, others, *, named):
+        return negated(x + others[0]) * others[1] + negated(x * 2) * named["z"]
+
+    step = direct(function)
+    for call in range(4):
+        x, y, w, z = (numbers(4, 3, start=call * i) for i in range(4))
+        torch.testing.assert_close(step(x, [y, w], named={"z": z}), function(x, [y, w], named={"z": z}))
+    assert len(graphs) == 2
+
+
+def test_arguments_may_share_memory_with_each_other_and_with_a_buffer(graphs):
+    model = nn.Linear(3, 3, bias=False).requires_grad_(False)
+    model.register_buffer("table", numbers(12, 3))
+    model.forward = lambda x, y: negated(x @ model.weight + model.table[:4]) + x * y
+    step = direct(model)
+    for start in range(5):
+        x, y = model.table[start : start + 4], model.table[start + 2 : start + 6]
+        torch.testing.assert_close(step(x, y), model.forward(x, y))
+    assert len(graphs) == 2
+
+
+def test_code_from_a_cache_is_captured_as_well(graphs):
+    with utils.fresh_cache(), torch._inductor.config.patch("fx_graph_cache", True):
+        for captured in (3, 6):
+            torch._dynamo.reset()
+            check(direct(in_three_parts), in_three_parts, (4, 3), (4, 3))
+            assert len(graphs) == captured
+    assert torch._dynamo.utils.counters["inductor"]["fxgraph_cache_hit"] == 1
+
+
 def test_strides_of_arguments_are_kept(graphs):
     def function(x, y, z):
         return negated(x * 2 + y) + z

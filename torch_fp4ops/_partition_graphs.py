@@ -118,15 +118,14 @@ class PartitionGraphs:
             return self._wrapped(partition, warm)
 
         # Set while this function is compiled, and not while it runs: a split op may compile functions of its own.
-        holder = utils._unstable_customized_partition_wrapper
-        before = holder.wrapper
+        before = utils._unstable_customized_partition_wrapper.wrapper
         # What AOTAutograd finds in its cache does not say which arguments are written. Inductor's own cache is used.
         with torch._functorch.config.patch(enable_autograd_cache=False):
             utils.set_customized_partition_wrappers(wrap)
             try:
                 return inductor(graph, inputs, config_patches=self._options)
             finally:
-                holder.wrapper = before
+                utils.set_customized_partition_wrappers(before)
 
     def _wrapped(self, partition: Partition, warm: dict[int, bool]) -> Partition:
         _require_fixed_addresses()
