@@ -118,7 +118,7 @@ class PartitionGraphs:
             return self._wrapped(partition, warm)
 
         # Set while this function is compiled, and not while it runs: a split op may compile functions of its own.
-        before = utils._unstable_customized_partition_wrapper.wrapper
+        before: Any = utils._unstable_customized_partition_wrapper.wrapper
         # What AOTAutograd finds in its cache does not say which arguments are written. Inductor's own cache is used.
         with torch._functorch.config.patch(enable_autograd_cache=False):
             utils.set_customized_partition_wrappers(wrap)
