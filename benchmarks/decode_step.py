@@ -9,7 +9,8 @@ adds to calling its backend directly (``host_overhead.py``). The modes differ in
 * ``eager``: Python, one after the other;
 * ``compiled``: the code that ``torch_fp4ops.cuda_graphs.piecewise`` compiled, run without its graphs;
 * ``piecewise``: the same code, as CUDA graphs between the attention ops;
-* ``graph``: the same code, captured as a whole by ``torch.cuda.graph``.
+* ``piecewise-direct``: a compilation of its own, replayed without Inductor's CUDA graph trees (``replay="direct"``);
+* ``graph``: the code of ``compiled``, captured as a whole by ``torch.cuda.graph``.
 
 A step's time is the mean over a loop that is synchronised before and after, the median of several loops. The kernels'
 own time is CUPTI's, of a profiled loop; ``outside`` is the rest of the step as a fraction, what launching costs.
@@ -43,7 +44,7 @@ from torch_fp4ops import set_backend
 from torch_fp4ops.cuda_graphs import piecewise, warmup
 from torch_fp4ops.nn import quantize_
 
-MODES = ("eager", "piecewise", "compiled", "graph")
+MODES = ("eager", "piecewise", "piecewise-direct", "compiled", "graph")
 _NO_GRAPHS = {"triton.cudagraph_capture_sizes": ()}
 SIZES = ("hidden", "layers", "heads", "kv_heads", "intermediate", "vocabulary", "length")
 WEIGHTS = ("bf16", "nvfp4-w4a16")
@@ -127,16 +128,20 @@ def make_model(weights: str, shape: decoder.Shape, device: str) -> decoder.Decod
 def measure(weights: str, shape: decoder.Shape, batches: list[int], device: str) -> Iterator[Row]:
     """The rows of a model; a mode that fails has its reason for a status, and the others go on."""
     model = make_model(weights, shape, device)
-    pieces = piecewise(model, batches, split=[decoder.ATTENTION])
+    pieces, direct = (
+        piecewise(model, batches, split=[decoder.ATTENTION], replay=replay) for replay in ("inductor", "direct")
+    )
     for batch in batches:
         given = step_inputs(batch, shape, device)
         decoder.mark_batch(*given)
         for mode in MODES if device != "cpu" else MODES[:2]:
             # Inductor reads this at every call, so it is set around the loops and costs them nothing.
-            graphs = contextlib.nullcontext() if mode in ("eager", "piecewise") else inductor_config.patch(_NO_GRAPHS)
+            no_graphs = mode in ("compiled", "graph")
+            graphs = inductor_config.patch(_NO_GRAPHS) if no_graphs else contextlib.nullcontext()
+            called = direct if mode == "piecewise-direct" else pieces
             try:
                 with graphs:
-                    yield _timed(Row(weights, mode, batch), _step(mode, model, pieces, given))
+                    yield _timed(Row(weights, mode, batch), _step(mode, model, called, given))
             except Exception as error:
                 yield Row(weights, mode, batch, status=f"{type(error).__name__}: {str(error).splitlines()[0][:200]}")
 
@@ -181,7 +186,7 @@ def main(argv: list[str] | None = None) -> int:
 
     with torch.no_grad(), warnings.catch_warnings(), set_backend(options.backend):
         warnings.simplefilter("ignore")
-        print(f"{'weights':13}{'mode':11}{'batch':>6}{'us a step':>11}{'tokens/s':>10}{'kernels us':>12}{'outside':>9}")
+        print(f"{'weights':13}{'mode':17}{'batch':>6}{'us a step':>11}{'tokens/s':>10}{'kernels us':>12}{'outside':>9}")
         for weights in options.weights:
             for row in measure(weights, shape, options.batches, options.device):
                 backend = "" if weights == "bf16" else options.backend
@@ -197,7 +202,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _print(row: Row) -> None:
-    line = f"{row.weights:13}{row.mode:11}{row.batch:6}"
+    line = f"{row.weights:13}{row.mode:17}{row.batch:6}"
     if row.status == "ok":
         line += f"{row.us:11.1f}{row.tokens_per_s:10.0f}{row.kernel_us:12.1f}{row.outside:9.1%}"
     else:

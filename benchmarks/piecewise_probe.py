@@ -38,7 +38,6 @@ from torch._inductor import config as inductor_config
 
 from benchmarks import decoder, probe_attention
 from benchmarks.decode_step import WEIGHTS, kernel_time, make_model, step_inputs, time_step
-from benchmarks.partition_graphs import PartitionGraphs
 from torch_fp4ops import set_backend
 from torch_fp4ops.cuda_graphs import piecewise, warmup
 
@@ -52,7 +51,7 @@ class Setting:
     attention: str = "triton-out"
     """A key of ``probe_attention.VARIANTS``."""
     runner: str = "trees"
-    """"trees": Inductor's CUDA graph trees; "own": ``PartitionGraphs``; "graph": one graph of the whole step."""
+    """"trees": Inductor's CUDA graph trees; "direct": ``replay="direct"``; "graph": one graph of the whole step."""
     static_arguments: bool = False
     """The step's arguments are marked as being at fixed addresses, so trees copy none of them."""
     skip_guards: bool = False
@@ -80,10 +79,10 @@ SETTINGS = {
     "modules-not-inlined": Setting(dynamo={"inline_inbuilt_nn_modules": False}),
     "no-module-guards": Setting(options=_NO_MODULE_GUARDS),
     "no-guards": Setting(skip_guards=True),
-    "own": Setting(runner="own"),
-    "own-custom-op": Setting(attention="custom-op", runner="own"),
-    "own-no-module-guards": Setting(runner="own", options=_NO_MODULE_GUARDS),
-    "own-no-guards": Setting(runner="own", skip_guards=True),
+    "direct": Setting(runner="direct"),
+    "direct-custom-op": Setting(attention="custom-op", runner="direct"),
+    "direct-no-module-guards": Setting(runner="direct", options=_NO_MODULE_GUARDS),
+    "direct-no-guards": Setting(runner="direct", skip_guards=True),
 }
 _WRONG = 0.05  # bf16 roundings in another order reach about 0.01
 _GRAPH_LAUNCH = "cudaGraphLaunch"
@@ -153,8 +152,11 @@ def step_of(setting: Setting, model: decoder.Decoder, given: tuple[Tensor, Tenso
                 torch._dynamo.mark_static_address(t, guard=False)
         decoder.mark_batch(*given)
         size, split = given[0].shape[0], [attention.op]
-        if setting.runner == "own":
-            pieces: Any = PartitionGraphs(model, [size], split, options)
+        if setting.runner == "direct":
+            pieces = piecewise(model, [size], split, replay="direct")
+            if options and pieces._direct is not None:
+                backend = pieces._direct._compile
+                pieces._direct._compiled = torch.compile(model, fullgraph=True, backend=backend, options=options)
         else:
             pieces = piecewise(model, [size], split)
             if options:

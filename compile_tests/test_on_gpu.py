@@ -11,7 +11,6 @@ from torch._inductor import config as inductor_config
 from torch._inductor.utils import run_and_get_code
 
 from benchmarks import decoder
-from benchmarks.partition_graphs import PartitionGraphs
 from torch_fp4ops import OPS, explain, set_backend
 from torch_fp4ops.cuda_graphs import FirstUseInCapture, pad_to, piecewise, record_decisions, warmup
 from torch_fp4ops.nn import quantize_
@@ -125,9 +124,31 @@ def test_a_decoder_in_pieces_equals_itself_without_graphs(kv_cache):
     torch.testing.assert_close(wanted[0], model(*step_inputs(4)), atol=0.1, rtol=0.1)
 
 
+# Direct replays
+
+
+@pytest.mark.parametrize("replay", ["inductor", "direct"])
+@pytest.mark.parametrize("marked", [False, True], ids=["automatic", "unbacked"])
+def test_either_replay_gives_eagers_bytes(replay, marked):
+    """Sizes in turn, each time with other inputs; what is not listed runs without graphs."""
+    attend = Attend()
+    step = piecewise(attend, SIZES, split=[decoder.ATTENTION], replay=replay)
+    for call in range(6):
+        for size in (*SIZES, 3):
+            x = values(100 * size + call, size, 64).cuda()
+            if marked:
+                torch._dynamo.decorators.mark_unbacked(x, 0)
+            assert_same_bytes(step(x), attend(x))
+    for size in SIZES:
+        assert step.decisions[size].backends() == {"mm_bf16_fp4": {"triton"}}
+    assert "size 16:\n  mm_bf16_fp4: triton (decided by set_backend)" in explain(step)
+    if replay == "direct":
+        assert recorded_graphs() == 0
+
+
 @pytest.mark.skipif(not decoder.CAN_MARK_BATCH, reason="this torch can't mark two tensors' batch as the same")
 @pytest.mark.parametrize("kv_cache", ["nvfp4", "bf16"])
-def test_the_candidate_runner_gives_what_the_parts_give_without_graphs(kv_cache):
+def test_direct_replays_of_a_decoder_give_what_the_parts_give_without_graphs(kv_cache):
     model = quantized_decoder(kv_cache)
 
     def decode(step, batch: int) -> list[Tensor]:
@@ -140,13 +161,55 @@ def test_the_candidate_runner_gives_what_the_parts_give_without_graphs(kv_cache)
         return outs
 
     sizes = (4, 2)
-    plain, pieces = (PartitionGraphs(model, listed, [decoder.ATTENTION], {}) for listed in ((), sizes))
+    plain, pieces, others = (
+        piecewise(model, listed, [decoder.ATTENTION], replay="direct") for listed in ((16,), sizes, sizes)
+    )
     wanted = {batch: decode(plain, batch) for batch in (*sizes, 3)}
-    torch._dynamo.reset()
-    for batch in (*sizes, 3, *sizes):
-        decode(pieces, batch)
-        for given, expected in zip(decode(pieces, batch), wanted[batch], strict=True):
-            assert_same_bytes(given, expected)
+    for step in (pieces, others):
+        for batch in (*sizes, 3, *sizes):
+            decode(step, batch)
+            for given, expected in zip(decode(step, batch), wanted[batch], strict=True):
+                assert_same_bytes(given, expected)
+    for batch in sizes:  # each object's graphs have memory of their own
+        model.clear()
+        for i, expected in enumerate(wanted[batch]):
+            given = step_inputs(batch, i)
+            decoder.mark_batch(*given)
+            one, other = pieces(*given), others(*given)
+            assert_same_bytes(one, expected)
+            assert_same_bytes(other, expected)
+
+
+def test_direct_replays_in_either_mode_and_after_a_capture_that_failed(monkeypatch):
+    attend = Attend()
+    step = piecewise(attend, [4], split=[decoder.ATTENTION], replay="direct")
+    x = values(0, 4, 64).cuda()
+    with torch.inference_mode():
+        step(x)
+        with monkeypatch.context() as patched:
+            patched.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                step(x)
+        for call in range(3):
+            x = values(call, 4, 64).cuda()
+            assert_same_bytes(step(x), attend(x))
+    for call in range(3):
+        x = values(call, 4, 64).cuda()
+        assert_same_bytes(step(x), attend(x))
+    with pytest.raises(RuntimeError, match="what an earlier call returned.*clone it"):
+        step(step(x))
+
+
+def test_direct_replays_refuse_a_parameter_that_was_replaced():
+    model = quantized_decoder("bf16")
+    step = piecewise(model, [4], split=[decoder.ATTENTION], replay="direct")
+    warmup(step, [step_inputs(4)])
+    weight = model.norm.weight
+    model.norm.weight = torch.nn.Parameter(weight.clone(), requires_grad=False)
+    with pytest.raises(RuntimeError, match="a parameter, .* is not where it was captured"):
+        step(*step_inputs(4))
+    model.norm.weight = weight
+    step(*step_inputs(4))
 
 
 def test_a_mixture_of_experts_in_pieces_equals_itself_without_graphs():
@@ -171,9 +234,10 @@ def test_a_mixture_of_experts_in_pieces_equals_itself_without_graphs():
     assert step.decisions[5].backends() == {op: {"triton"} for op in ("mm_bf16_fp4", "cutlass_fused_moe")}
 
 
-def test_replays_allocate_nothing():
+@pytest.mark.parametrize("replay", ["inductor", "direct"])
+def test_replays_allocate_nothing(replay):
     model = quantized_decoder()
-    step = piecewise(model, [4], split=[decoder.ATTENTION])
+    step = piecewise(model, [4], split=[decoder.ATTENTION], replay=replay)
     given = step_inputs(4)
     for _ in range(10):
         step(*given)

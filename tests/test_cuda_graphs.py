@@ -58,9 +58,11 @@ def test_sizes_are_checked(sizes):
 # piecewise on a CPU
 
 
-def test_piecewise_compiles_and_gives_what_eager_gives():
+@pytest.mark.parametrize("replay", ["inductor", "direct"])
+def test_piecewise_compiles_and_gives_what_eager_gives(replay):
     model = quantized()
-    step = piecewise(model, sizes=[1, 2, 4], split=["fp4::mm_bf16_fp4", "fp4::fp4_quantize.default"])
+    split = ["fp4::mm_bf16_fp4", "fp4::fp4_quantize.default"]
+    step = piecewise(model, sizes=[1, 2, 4], split=split, replay=replay)
     for size in (1, 2, 4, 3, 4, 4, 4):
         x = values(size, size, 64)
         torch.testing.assert_close(step(x), model(x), atol=0.01, rtol=0.02)
@@ -68,8 +70,9 @@ def test_piecewise_compiles_and_gives_what_eager_gives():
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
 
 
-def test_piecewise_remembers_the_backends_of_each_listed_size():
-    step = piecewise(quantized(), sizes=[2, 4])
+@pytest.mark.parametrize("replay", ["inductor", "direct"])
+def test_piecewise_remembers_the_backends_of_each_listed_size(replay):
+    step = piecewise(quantized(), sizes=[2, 4], replay=replay)
     assert explain(step) == "nothing has been captured yet"
     with set_backend("reference"):
         warmup(step, [(2, 64), (4, 64)])
@@ -88,6 +91,11 @@ def test_piecewise_remembers_the_backends_of_each_listed_size():
 def test_split_names_are_checked(name):
     with pytest.raises(ValueError, match=r"piecewise: split has .*; allowed: names of registered ops"):
         piecewise(nn.Identity(), [1], split=["fp4::mm_fp4", name])
+
+
+def test_replays_are_checked():
+    with pytest.raises(ValueError, match="piecewise: replay is 'trees'; allowed: 'inductor', 'direct'"):
+        piecewise(nn.Identity(), [1], replay="trees")
 
 
 @pytest.mark.parametrize(

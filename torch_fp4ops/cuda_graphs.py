@@ -13,16 +13,18 @@ import torch
 from torch import Tensor
 from torch._inductor import config as inductor_config
 
+from ._partition_graphs import PartitionGraphs
 from .capture import Decisions, FirstUseInCapture, record_decisions
 
 __all__ = ["FirstUseInCapture", "Piecewise", "pad_to", "piecewise", "record_decisions", "warmup"]
 
-# Of Inductor's graphs, the first call of a size warms up and the second one records.
+# The first call of a size warms up and the second one records, whoever replays.
 _CALLS_TO_RECORD = 2
 # Inductor reads these when a graph runs, where the options of torch.compile no longer hold. Its warning about many
 # sizes is for sizes that nobody listed.
 _RECORDING = {"triton.cudagraph_or_error": True, "triton.cudagraph_dynamic_shape_warn_limit": None}
 _NOT_CAPTURED = {"triton.cudagraph_capture_sizes": ()}
+_REPLAYS = ("inductor", "direct")
 
 
 def _checked_sizes(where: str, sizes: Iterable[int]) -> tuple[int, ...]:
@@ -42,7 +44,9 @@ class Piecewise:
             whatever ``set_backend`` says later. ``torch_fp4ops.explain`` prints them.
     """
 
-    def __init__(self, function: Callable[..., Any], sizes: tuple[int, ...], split: tuple[str, ...], dim: int):
+    def __init__(
+        self, function: Callable[..., Any], sizes: tuple[int, ...], split: tuple[str, ...], dim: int, replay: str
+    ):
         self.function = function
         self.sizes = sizes
         self.decisions: dict[int, Decisions] = {}
@@ -54,10 +58,13 @@ class Piecewise:
             "graph_partition": True,
             "custom_should_partition_ops": list(split),
         }
-        self._compiled = torch.compile(function, fullgraph=True, options=options)
+        self._direct = PartitionGraphs(function, sizes, options) if replay == "direct" else None
+        self._compiled = self._direct or torch.compile(function, fullgraph=True, options=options)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         size = self._size(args, kwargs)
+        if self._direct is not None:
+            self._direct.size = size
         left = self._to_record.get(size)
         if left == 0:
             return self._compiled(*args, **kwargs)
@@ -74,14 +81,22 @@ class Piecewise:
     def _size(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
         for argument in (*args, *kwargs.values()):
             if isinstance(argument, Tensor):
-                if not -argument.dim() <= self._dim < argument.dim():
+                try:
+                    return argument.size(self._dim)
+                except IndexError:
                     given = f"of shape {tuple(argument.shape)}"
-                    raise ValueError(f"piecewise: the first tensor is {given}; allowed: one with dimension {self._dim}")
-                return argument.shape[self._dim]
+                    allowed = f"one with dimension {self._dim}"
+                    raise ValueError(f"piecewise: the first tensor is {given}; allowed: {allowed}") from None
         raise ValueError("piecewise: there is no tensor among the arguments; allowed: one or more")
 
 
-def piecewise(function: Callable[..., Any], sizes: Iterable[int], split: Iterable[str] = (), dim: int = 0) -> Piecewise:
+def piecewise(
+    function: Callable[..., Any],
+    sizes: Iterable[int],
+    split: Iterable[str] = (),
+    dim: int = 0,
+    replay: str = "inductor",
+) -> Piecewise:
     """Compile a model or function as one graph that runs as CUDA graphs between the ops named in ``split``.
 
     A split op (attention with metadata of its own, say) runs as it would in eager mode; everything else is captured,
@@ -98,6 +113,13 @@ def piecewise(function: Callable[..., Any], sizes: Iterable[int], split: Iterabl
     before the first call makes it one compilation for all. Call it from one thread: Inductor's graphs belong to the
     thread that captured them, and before torch 2.13 no thread but the main one can capture.
 
+    ``replay="direct"`` captures and replays the partitions without Inductor's CUDA graph trees, which takes about half
+    the host's time; worth it where a step's kernels take no longer than the host does. It has rules of its own. A
+    parameter, a buffer or a tensor marked as static that is elsewhere than when it was captured raises, and so does a
+    size other than that of ``dim`` that has changed. Nothing checks that the output of an earlier call is no longer
+    used, except that it may not be an argument: clone it. Outputs live as long as the graphs, those with this object
+    (and until ``torch._dynamo.reset()``). There are no gradients. Replays run on the current stream.
+
     On the CPU there are no graphs: the function is compiled, nothing is captured, and ``split`` changes nothing.
 
     Args:
@@ -106,13 +128,18 @@ def piecewise(function: Callable[..., Any], sizes: Iterable[int], split: Iterabl
         split: names ``"namespace::op"`` or ``"namespace::op.overload"`` of ops that Inductor calls as they are: custom
             ops, not ATen ops that it decomposes, such as ``aten::scaled_dot_product_attention``.
         dim: the dimension that ``sizes`` are of.
+        replay: ``"inductor"``, by Inductor's CUDA graph trees, or ``"direct"``.
 
     Raises:
-        ValueError: sizes that are not positive, or a name in ``split`` of which there is no op.
-        RuntimeError: at a call, where torch can't capture (``cudagraph_or_error``) with torch's reason.
+        ValueError: sizes that are not positive, a name in ``split`` of which there is no op, or an unknown ``replay``.
+        RuntimeError: with ``"direct"``, if this torch lacks what it needs; at a call, where torch can't capture
+            (``cudagraph_or_error``), with torch's reason, or where what was captured can't be replayed.
 
-    Source: Inductor's ``graph_partition``, ``custom_should_partition_ops`` and CUDA graph trees.
+    Source: Inductor's ``graph_partition``, ``custom_should_partition_ops`` and CUDA graph trees; for ``"direct"`` its
+    ``set_customized_partition_wrappers``, which torch calls unstable.
     """
+    if replay not in _REPLAYS:
+        raise ValueError(f"piecewise: replay is {replay!r}; allowed: {', '.join(map(repr, _REPLAYS))}")
     names = tuple(split)
     for name in names:
         namespace, separator, rest = name.partition("::")
@@ -120,7 +147,7 @@ def piecewise(function: Callable[..., Any], sizes: Iterable[int], split: Iterabl
         found = getattr(getattr(torch.ops, namespace), packet, None) if separator and packet else None
         if found is None or (overload and overload not in found.overloads()):
             raise ValueError(f"piecewise: split has {name!r}; allowed: names of registered ops, 'namespace::op'")
-    return Piecewise(function, _checked_sizes("piecewise", sizes), names, dim)
+    return Piecewise(function, _checked_sizes("piecewise", sizes), names, dim, replay)
 
 
 def pad_to(sizes: Iterable[int], dim: int = 0) -> Callable[..., Tensor]:
