@@ -31,7 +31,7 @@ LAYERS = (
     },
     {"registry", "backends", "selection"},
     {"ops", "testing", "probe", "extern"},
-    {"nn", "kv_cache", "cuda_graphs", "compile_passes"},
+    {"nn", "kv_cache", "_partition_graphs", "cuda_graphs", "compile_passes"},
     {"demo", "check", "comparison", "benchmarks"},
     {"cli", "__main__"},
 )
