@@ -42,7 +42,7 @@ def a_layout(use_8x4_sf_layout: bool) -> str:
 _PREFERENCES = (
     _preferences.FLASHINFER,
     _preferences.TRTLLM,
-    _preferences.gluon(1.57, 0.93),
+    _preferences.gluon(1.7, 0.94),
     Preference(
         "triton",
         "cuda",
