@@ -15,11 +15,13 @@ if triton.knobs.runtime.interpret:
     pytest.skip("nothing is compiled in Triton's interpreter", allow_module_level=True)
 
 CASES = [*matmul_cases(), *hopper_cases()]
+# Each kind of configuration differs on these; the targets beside them take as long again, in `make offline`.
+HERE = {"sm_86", "sm_90", "sm_100", "sm_121"}
 PAIRS = [
     pytest.param(wanted, target, id=f"{wanted.case.name}-{target}")
     for wanted in CASES
     for target in wanted.targets
-    if target in TARGETS
+    if target in TARGETS and target in HERE
 ]
 
 
