@@ -20,14 +20,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import gc
 import shlex
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -40,6 +39,7 @@ from torch import Tensor
 from torch._inductor import config as inductor_config
 
 from benchmarks import decoder, host_overhead
+from benchmarks.probing import write_csv
 from torch_fp4ops import set_backend
 from torch_fp4ops.cuda_graphs import piecewise, warmup
 from torch_fp4ops.nn import quantize_
@@ -182,7 +182,7 @@ def main(argv: list[str] | None = None) -> int:
     def add(row: Row) -> None:
         rows.append(replace(row, **facts))
         if options.out:
-            _write(Path(options.out), rows)
+            write_csv(Path(options.out), [_rounded(row) for row in rows])
 
     with torch.no_grad(), warnings.catch_warnings(), set_backend(options.backend):
         warnings.simplefilter("ignore")
@@ -210,13 +210,8 @@ def _print(row: Row) -> None:
     print(line, flush=True)
 
 
-def _write(path: Path, rows: list[Row]) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [f.name for f in fields(Row)], lineterminator="\n")
-        writer.writeheader()
-        for row in rows:
-            rounded = {k: round(v, 4) if isinstance(v, float) else v for k, v in asdict(row).items()}
-            writer.writerow(rounded)
+def _rounded(row: Row) -> dict[str, Any]:
+    return {k: round(v, 4) if isinstance(v, float) else v for k, v in asdict(row).items()}
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -11,14 +11,13 @@ each kind of step; then the whole step is one graph. A step whose logits differ 
 from __future__ import annotations
 
 import argparse
-import csv
 import gc
 import math
 import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from torch import Tensor
 
 from benchmarks import decoder, plots
 from benchmarks.decode_step import SIZES, WEIGHTS, kernel_time, make_model, step_inputs, time_step
+from benchmarks.probing import write_csv
 from torch_fp4ops import set_backend
 
 PHASES = ("decode", "prefill")
@@ -142,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 rows.append(row)
                 _print(row)
                 if options.csv:
-                    write_csv(Path(options.csv), rows)
+                    write_csv(Path(options.csv), [_texts(each) for each in rows])
             torch._dynamo.reset()  # what it compiled holds the model
             gc.collect()
     if options.plot:
@@ -159,14 +159,9 @@ def _print(row: Row) -> None:
     print(line, flush=True)
 
 
-def write_csv(path: Path, rows: Sequence[Row]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [f.name for f in fields(Row)], lineterminator="\n")
-        writer.writeheader()
-        for row in rows:
-            texts = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in asdict(row).items()}
-            writer.writerow({k: "" if v == "nan" else v for k, v in texts.items()})
+def _texts(row: Row) -> dict[str, Any]:
+    texts = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in asdict(row).items()}
+    return {k: "" if v == "nan" else v for k, v in texts.items()}
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import cProfile
-import csv
 import functools
 import gc
 import pstats
@@ -38,6 +37,7 @@ from torch._inductor import config as inductor_config
 
 from benchmarks import decoder, probe_attention
 from benchmarks.decode_step import WEIGHTS, kernel_time, make_model, step_inputs, time_step
+from benchmarks.probing import write_csv
 from torch_fp4ops import set_backend
 from torch_fp4ops.cuda_graphs import piecewise, warmup
 
@@ -258,7 +258,7 @@ def main(argv: list[str] | None = None) -> int:
                     row = measure(name, setting, weights, batch, shape, options.profile)
                     rows.append(_shown(row, whole[setting.attention]))
                     if options.out:
-                        _write(Path(options.out), rows)
+                        write_csv(Path(options.out), [_rounded(row) for row in rows])
     return 0
 
 
@@ -274,11 +274,8 @@ def _shown(row: Row, graph_us: float) -> Row:
     return row
 
 
-def _write(path: Path, rows: list[Row]) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(vars(rows[0])), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({k: round(v, 3) if isinstance(v, float) else v for k, v in vars(r).items()} for r in rows)
+def _rounded(row: Row) -> dict[str, Any]:
+    return {k: round(v, 3) if isinstance(v, float) else v for k, v in vars(row).items()}
 
 
 def _parser() -> argparse.ArgumentParser:

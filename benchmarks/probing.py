@@ -41,6 +41,6 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     if rows:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
+            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
