@@ -58,7 +58,7 @@ def _minus_reciprocal(d):
 
 
 @triton.jit
-def _positive_nan(x):
+def positive_nan(x):
     if _KEEPS_SIGN_OF_NAN:
         return tl.where(x != x, float("nan"), x)
     else:
@@ -66,7 +66,8 @@ def _positive_nan(x):
 
 
 @triton.jit
-def _silu_and_mul(gate, up):
+def silu_and_mul(gate, up):
+    """``silu(gate) * up``."""
     g = p.max_or_nan(gate, -_GATE_LIMIT)
     limited = p.min_number(g, _GATE_LIMIT)
     shifted = fma(limited, _MINUS_LOG2_E, _TO_INTEGER)  # n in its low bits
@@ -77,26 +78,17 @@ def _silu_and_mul(gate, up):
     power = fma(power, f, _C1)
     power = fma(power, f, _C0)
     e = p.from_bits(p.bits(power) + (p.bits(shifted) << 23))
-    return _positive_nan((g * _minus_reciprocal(-1.0 - e)) * up)
+    return positive_nan((g * _minus_reciprocal(-1.0 - e)) * up)
 
 
 @triton.jit
-def silu_and_mul(gate_los, gate_his, up_los, up_his, OCTETS: tl.constexpr):
-    """Octets of ``silu(gate) * up``."""
-    los = ()
-    his = ()
-    for i in tl.static_range(OCTETS):
-        los += (_silu_and_mul(gate_los[i], up_los[i]),)
-        his += (_silu_and_mul(gate_his[i], up_his[i]),)
-    return los, his
-
-
-@triton.jit
-def sum_of_squares(lo0, hi0, lo1, hi1):
-    """Of 16 values in two octets, ``[N]``."""
+def sums_of_squares(lo, hi):
+    """Of 16 values in two octets, ``[N]`` each."""
+    lo0, lo1 = p.front_back(lo, 4)
+    hi0, hi1 = p.front_back(hi, 4)
     s = fma(hi1, hi1, fma(lo1, lo1, fma(hi0, hi0, lo0 * lo0)))
     s0, s1, s2, s3 = p.quarters(s)
-    return (s0 + s1) + (s2 + s3)
+    return p.columns((s0 + s1) + (s2 + s3))
 
 
 @triton.jit
@@ -113,34 +105,3 @@ def reciprocal_rms(largest, count, unit, k, eps):
     """``1 / sqrt(sum / k + eps)`` of ``count`` units; the sum is the largest where that is infinite or NaN."""
     total = tl.where(largest >= 0x7F800000, largest.to(tl.float32, bitcast=True), count.to(tl.float32) * unit)
     return tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(total, k) + eps))
-
-
-@triton.jit
-def scaled(los, his, FIRST: tl.constexpr, OCTETS: tl.constexpr, factor):
-    """Octets ``FIRST`` to ``FIRST + OCTETS`` times the factor ``[N]`` of each thread."""
-    out_los = ()
-    out_his = ()
-    for i in tl.static_range(FIRST, FIRST + OCTETS):
-        out_los += (los[i] * tl.expand_dims(factor, 1),)
-        out_his += (his[i] * tl.expand_dims(factor, 1),)
-    return out_los, out_his
-
-
-@triton.jit
-def product(los, his, other_los, other_his, OCTETS: tl.constexpr):
-    out_los = ()
-    out_his = ()
-    for i in tl.static_range(OCTETS):
-        out_los += (los[i] * other_los[i],)
-        out_his += (his[i] * other_his[i],)
-    return out_los, out_his
-
-
-@triton.jit
-def with_positive_nan(los, his, OCTETS: tl.constexpr):
-    out_los = ()
-    out_his = ()
-    for i in tl.static_range(OCTETS):
-        out_los += (_positive_nan(los[i]),)
-        out_his += (_positive_nan(his[i]),)
-    return out_los, out_his

@@ -5,8 +5,9 @@ of two whose last bit is the grid's step, so the hardware's own round-to-nearest
 read from the sum's bits. That runs alike on every GPU and in Triton's interpreter, and it avoids the round trip of a
 scale through E4M3, which some releases of ptxas compile wrongly.
 
-An *octet* is a pair ``(lo, hi)`` of fp32 tensors ``[N, 4]``: the even and the odd ones of 8 consecutive values, for
-each of N threads. Every thread holds whole octets, so packing needs no exchange between threads.
+*Octets* are a pair ``(lo, hi)`` of fp32 tensors ``[N, 4 * O]``: the even and the odd ones of 8 * O consecutive values,
+for each of N threads. Every thread holds whole octets, so packing needs no exchange between threads. All octets of a
+thread are in one tensor because Triton's passes take more than the square of a kernel's operations.
 
 Tensors of bits are uint32.
 """
@@ -73,26 +74,51 @@ def _even_odd(x):
 
 
 @triton.jit
-def _front_back(x):
-    """``[N, 2P]`` to its first and last P columns."""
-    return tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), (0, 2, 1)))
+def front_back(x, P: tl.constexpr):
+    """``[N, 2PG]`` to the first and the last P of every 2P columns, ``[N, PG]`` each."""
+    N: tl.constexpr = x.shape[0]
+    HALF: tl.constexpr = x.shape[1] // 2
+    front, back = tl.split(tl.permute(tl.reshape(x, (N, HALF // P, 2, P)), (0, 1, 3, 2)))
+    return tl.reshape(front, (N, HALF)), tl.reshape(back, (N, HALF))
 
 
 @triton.jit
-def _concat(front, back):
-    """Inverse of :func:`_front_back`."""
-    N: tl.constexpr = front.shape[0]
-    P: tl.constexpr = front.shape[1]
-    return tl.reshape(tl.permute(tl.join(front, back), (0, 2, 1)), (N, 2 * P))
+def concat(parts, FIRST: tl.constexpr, COUNT: tl.constexpr):
+    """``[N, P]`` each, one after another: 1, 2, 4 or 8 of them."""
+    N: tl.constexpr = parts[FIRST].shape[0]
+    P: tl.constexpr = parts[FIRST].shape[1]
+    if COUNT == 1:
+        return parts[FIRST]
+    elif COUNT == 4:
+        even, odd = tl.join(parts[FIRST], parts[FIRST + 2]), tl.join(parts[FIRST + 1], parts[FIRST + 3])
+        return tl.reshape(tl.permute(tl.join(even, odd), (0, 2, 3, 1)), (N, 4 * P))
+    else:
+        HALF: tl.constexpr = COUNT // 2
+        both = tl.join(concat(parts, FIRST, HALF), concat(parts, FIRST + HALF, HALF))
+        return tl.reshape(tl.permute(both, (0, 2, 1)), (N, COUNT * P))
 
 
 @triton.jit
 def quarters(x):
-    """``[N, 4]`` to its four columns."""
-    even, odd = _even_odd(x)
+    """``[N, 4P]`` to every fourth column, ``[N, P]`` each."""
+    N: tl.constexpr = x.shape[0]
+    even, odd = tl.split(tl.reshape(x, (N, x.shape[1] // 4, 2, 2)))
     x0, x2 = tl.split(even)
     x1, x3 = tl.split(odd)
     return x0, x1, x2, x3
+
+
+@triton.jit
+def columns(x):
+    """``[N, 1]``, ``[N, 2]`` or ``[N, 4]`` to its columns."""
+    N: tl.constexpr = x.shape[0]
+    if x.shape[1] == 1:
+        return (tl.reshape(x, (N,)),)
+    elif x.shape[1] == 2:
+        return tl.split(x)
+    else:
+        x0, x1, x2, x3 = quarters(x)
+        return tl.reshape(x0, (N,)), tl.reshape(x1, (N,)), tl.reshape(x2, (N,)), tl.reshape(x3, (N,))
 
 
 # Octets
@@ -141,53 +167,40 @@ def _e4m3_value(b, factor):
 
 @triton.jit
 def _e4m3_words(w, factor):
-    """8 values in ``[N, 2]`` words, times the factor and rounded to float16."""
+    """Values in ``[N, W]`` words, times the factor and rounded to float16."""
     v0 = _e4m3_value(w & 0xFF, factor)
     v1 = _e4m3_value((w >> 8) & 0xFF, factor)
     v2 = _e4m3_value((w >> 16) & 0xFF, factor)
     v3 = _e4m3_value(w >> 24, factor)
     N: tl.constexpr = w.shape[0]
-    return tl.reshape(tl.join(v0, v2), (N, 4)), tl.reshape(tl.join(v1, v3), (N, 4))
+    HALF: tl.constexpr = 2 * w.shape[1]
+    return tl.reshape(tl.join(v0, v2), (N, HALF)), tl.reshape(tl.join(v1, v3), (N, HALF))
 
 
 @triton.jit
-def to_octets(units, DTYPE: tl.constexpr, OCTETS: tl.constexpr, factor):
-    """The values in 16-byte units: a tuple of ``lo`` and a tuple of ``hi``. ``factor`` ``[N, 1]`` is for E4M3 only."""
-    los = ()
-    his = ()
+def to_octets(units, FIRST: tl.constexpr, UNITS: tl.constexpr, DTYPE: tl.constexpr, factor):
+    """The values in UNITS 16-byte units. ``factor`` ``[N, 1]`` is for E4M3 only."""
+    words = concat(units, FIRST, UNITS)
     if DTYPE == tl.float32:
-        for i in tl.static_range(OCTETS):
-            lo0, hi0 = _even_odd(from_bits(units[2 * i]))
-            lo1, hi1 = _even_odd(from_bits(units[2 * i + 1]))
-            los += (_concat(lo0, lo1),)
-            his += (_concat(hi0, hi1),)
-    elif DTYPE.primitive_bitwidth == 16:
-        for i in tl.static_range(OCTETS):
-            if DTYPE == tl.bfloat16:
-                lo, hi = _bf16_words(units[i])
-            else:
-                lo, hi = _fp16_words(units[i])
-            los += (lo,)
-            his += (hi,)
+        return _even_odd(from_bits(words))
+    elif DTYPE == tl.bfloat16:
+        return _bf16_words(words)
+    elif DTYPE == tl.float16:
+        return _fp16_words(words)
     else:
-        tl.static_assert(OCTETS % 2 == 0, "a unit of E4M3 holds two octets")
-        for i in tl.static_range(OCTETS // 2):
-            front, back = _front_back(units[i])
-            lo0, hi0 = _e4m3_words(front, factor)
-            lo1, hi1 = _e4m3_words(back, factor)
-            los += (lo0, lo1)
-            his += (hi0, hi1)
-    return los, his
+        return _e4m3_words(words, factor)
 
 
 @triton.jit
-def block_amax(los, his, OCTETS: tl.constexpr, SPLIT: tl.constexpr):
+def block_amax(lo, hi, SPLIT: tl.constexpr):
     """Largest magnitude of each block, ``[N]``; NaN if there is one. SPLIT neighbouring threads share a block."""
-    most = max_or_nan(tl.abs(los[0]), tl.abs(his[0]))
-    for i in tl.static_range(1, OCTETS):
-        most = max_or_nan(most, max_or_nan(tl.abs(los[i]), tl.abs(his[i])))
-    m0, m1, m2, m3 = quarters(most)
-    amax = max_or_nan(max_or_nan(m0, m1), max_or_nan(m2, m3))
+    HALVINGS: tl.constexpr = 1 if lo.shape[1] == 4 else (2 if lo.shape[1] == 8 else 3)  # to two columns
+    most = max_or_nan(tl.abs(lo), tl.abs(hi))
+    for _ in tl.static_range(HALVINGS):
+        even, odd = _even_odd(most)
+        most = max_or_nan(even, odd)
+    even, odd = tl.split(most)
+    amax = max_or_nan(even, odd)
     if SPLIT > 1:
         N: tl.constexpr = amax.shape[0]
         # The bits of non-negative floats are ordered as integers, NaN above all.
@@ -260,7 +273,7 @@ def _select(word, other, MASK: tl.constexpr):
 
 @triton.jit
 def pack_e2m1(lo, hi, multiplier):
-    """One word a thread of the E2M1 codes of an octet times the multiplier; the signs are the octet's own.
+    """A word of E2M1 codes for each octet, ``[N, O]``: its values times the multiplier; the signs are their own.
 
     |y|, clamped to 6 (NaN too), plus 2^22 times its binade e >= 1 has |y| / (e / 2) rounded in its low bits and
     log2(e) in its exponent; the code is the former plus twice the latter. Adding ``p >> 22`` does that for two
@@ -286,7 +299,7 @@ def _push(s, x, BITS: tl.constexpr):
 
 @triton.jit
 def _signs_of_eight(lo, hi):
-    """The signs of an octet on top of each nibble, the first value lowest; other bits are junk."""
+    """The signs of each octet on top of each nibble, the first value lowest; other bits are junk."""
     l0, l1, l2, l3 = quarters(bits(lo))
     h0, h1, h2, h3 = quarters(bits(hi))
     s = _push(_push(h3, h3, 4), l3, 4)
@@ -303,7 +316,7 @@ def _signs_of_four(x0, x1, x2, x3):
 
 @triton.jit
 def pack_e4m3(lo, hi, multiplier):
-    """Two words a thread of the E4M3 bytes of an octet times the multiplier; NaN where the multiplier is NaN.
+    """Two words of E4M3 bytes for each octet, ``[N, 2 * O]``: times the multiplier; NaN where the multiplier is NaN.
 
     As :func:`pack_e2m1`: |y| plus 2^20 times its binade e >= 2^-6 counts steps of e / 8.
     """
@@ -320,8 +333,8 @@ def pack_e4m3(lo, hi, multiplier):
     back = p2 + (p3 << 16) - _E4M3_OFFSET
     front = _select(front, _signs_of_four(l0, h0, l1, h1), 0x80808080)
     back = _select(back, _signs_of_four(l2, h2, l3, h3), 0x80808080)
-    nan = multiplier != multiplier
-    return tl.where(nan, 0x7F7F7F7F, front).to(tl.uint32), tl.where(nan, 0x7F7F7F7F, back).to(tl.uint32)
+    words = tl.reshape(tl.join(front, back), (lo.shape[0], lo.shape[1] // 2))
+    return tl.where(m != m, 0x7F7F7F7F, words).to(tl.uint32)
 
 
 # Decoding

@@ -68,8 +68,6 @@ def quantize_kernel(
     EVEN: tl.constexpr,  # nothing is ragged or padded, so no mask is needed
 ):
     BLOCK: tl.constexpr = 16 if FORMAT == "nvfp4" else 32
-    OCTETS: tl.constexpr = BLOCK // 8 // SPLIT
-    WORDS: tl.constexpr = OCTETS * 2 if FORMAT == "mxfp8" else OCTETS
     UNITS: tl.constexpr = BLOCK * x_ptr.dtype.element_ty.primitive_bitwidth // 128 // SPLIT
     pid = tl.program_id(0)
     if not EVEN and t.first_row(pid, col_tiles, LAYOUT, R, ITERS) >= rows:  # nothing but padding
@@ -104,11 +102,11 @@ def quantize_kernel(
         there = None if EVEN else (row < rows) & (col < blocks)
         if GLOBAL == 2:
             encode, decode = p.encode_decode(tl.load(global_scale_ptr + row, mask=there, other=1.0), INVERSED)
-        los, his = p.to_octets(loaded[i], x_ptr.dtype.element_ty, OCTETS, tl.expand_dims(6.0 * decode, 1))
+        lo, hi = p.to_octets(loaded[i], 0, UNITS, x_ptr.dtype.element_ty, tl.expand_dims(6.0 * decode, 1))
         if GATED:
-            up_los, up_his = p.to_octets(loaded_ups[i], x_ptr.dtype.element_ty, OCTETS, None)
-            los, his = a.silu_and_mul(los, his, up_los, up_his, OCTETS)
-        amax = p.block_amax(los, his, OCTETS, SPLIT)
+            up_lo, up_hi = p.to_octets(loaded_ups[i], 0, UNITS, x_ptr.dtype.element_ty, None)
+            lo, hi = a.silu_and_mul(lo, up_lo), a.silu_and_mul(hi, up_hi)
+        amax = p.block_amax(lo, hi, SPLIT)
         if FORMAT == "nvfp4":
             byte, multiplier = p.nvfp4_scale(amax, encode, decode)
         elif FORMAT == "mxfp4":
@@ -116,18 +114,14 @@ def quantize_kernel(
         else:
             byte, multiplier = p.mxfp8_scale(amax)
 
-        words = ()
-        for j in tl.static_range(OCTETS):
-            if FORMAT == "mxfp8":
-                front, back = p.pack_e4m3(los[j], his[j], multiplier)
-                if not EVEN:
-                    front = tl.where(there, front, 0)
-                    back = tl.where(there, back, 0)
-                words += (front, back)
-            else:
-                words += (p.pack_e2m1(los[j], his[j], multiplier),)
+        if FORMAT == "mxfp8":
+            words = p.pack_e4m3(lo, hi, multiplier)
+            if not EVEN:
+                words = tl.where(there[:, None], words, 0)
+        else:
+            words = p.pack_e2m1(lo, hi, multiplier)
         place = (row.to(tl.int64) * out_blocks + col) * SPLIT + part
-        t.store_words(payload_ptr, place, words, None if EVEN else (row < rows) & (col < out_blocks), WORDS)
+        t.store_words(payload_ptr, place, words, None if EVEN else (row < rows) & (col < out_blocks))
         offset = t.scale_offset(row, col, padded_cols, LAYOUT)
         if EVEN:
             inside = part == 0

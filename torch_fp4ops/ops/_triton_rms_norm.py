@@ -64,49 +64,53 @@ def rms_norm_quantize_kernel(
     ITERS: tl.constexpr,
 ):
     BLOCK: tl.constexpr = 16 if FORMAT == "nvfp4" else 32
-    OCTETS: tl.constexpr = BLOCK // 8
     UNITS: tl.constexpr = BLOCK * x_ptr.dtype.element_ty.primitive_bitwidth // 128
     pid = tl.program_id(0)
     col = tl.arange(0, R * C) % C
     weights = ()
+    if WEIGHT:
+        WEIGHT_UNITS: tl.constexpr = BLOCK * weight_ptr.dtype.element_ty.primitive_bitwidth // 128
     if WEIGHT and C < 512:  # more threads have too few registers
         for s in tl.static_range(STEPS):
-            weights += (_load_weight(weight_ptr, col + s * C, blocks, BLOCK),)
+            weights += (_load_weight(weight_ptr, col + s * C, blocks, WEIGHT_UNITS),)
     encode = tl.full((1,), 1.0, tl.float32)
     decode = encode
     if GLOBAL == 1:
         encode, decode = p.encode_decode(tl.load(global_scale_ptr + tl.arange(0, 1)), INVERSED)
-    row = _row(pid * ITERS, LAYOUT, R, C)
+    row = _first_rows(pid, LAYOUT, R, C, ITERS)
     units = _load_row(x_ptr, row, col, rows, row_units, blocks, UNITS, C, STEPS)
     for i in tl.static_range(ITERS):
         if i + 1 < ITERS:  # loaded before this step waits for its sum
-            next_row = _row(pid * ITERS + i + 1, LAYOUT, R, C)
+            next_row = row + (1 if LAYOUT == t.SWIZZLED_128X4 else R)
             next_units = _load_row(x_ptr, next_row, col, rows, row_units, blocks, UNITS, C, STEPS)
-        los, his = p.to_octets(units, x_ptr.dtype.element_ty, OCTETS * STEPS, None)
-        factor = _reciprocal_rms(los, his, col, blocks, k, eps, OCTETS, R, C, STEPS)
+        octets = ()
+        for s in tl.static_range(STEPS):
+            octets += (p.to_octets(units, s * UNITS, UNITS, x_ptr.dtype.element_ty, None),)
+        factor = _reciprocal_rms(octets, col, blocks, k, eps, R, C, STEPS)
         if GLOBAL == 2:
             encode, decode = p.encode_decode(tl.load(global_scale_ptr + row, mask=row < rows, other=1.0), INVERSED)
         for s in tl.static_range(STEPS):
             here = col + s * C
-            step_los, step_his = a.scaled(los, his, s * OCTETS, OCTETS, factor)
+            lo, hi = octets[s]
+            lo *= tl.expand_dims(factor, 1)
+            hi *= tl.expand_dims(factor, 1)
             if WEIGHT:
                 if C < 512:
                     weight = weights[s]
                 else:
-                    weight = _load_weight(weight_ptr, here, blocks, BLOCK)
-                weight_los, weight_his = p.to_octets(weight, weight_ptr.dtype.element_ty, OCTETS, None)
-                step_los, step_his = a.product(step_los, step_his, weight_los, weight_his, OCTETS)
-            step_los, step_his = a.with_positive_nan(step_los, step_his, OCTETS)
-            amax = p.block_amax(step_los, step_his, OCTETS, 1)
+                    weight = _load_weight(weight_ptr, here, blocks, WEIGHT_UNITS)
+                weight_lo, weight_hi = p.to_octets(weight, 0, WEIGHT_UNITS, weight_ptr.dtype.element_ty, None)
+                lo *= weight_lo
+                hi *= weight_hi
+            lo, hi = a.positive_nan(lo), a.positive_nan(hi)
+            amax = p.block_amax(lo, hi, 1)
             if FORMAT == "nvfp4":
                 byte, multiplier = p.nvfp4_scale(amax, encode, decode)
             else:
                 byte, multiplier = p.mxfp4_scale(amax)
-            words = ()
-            for j in tl.static_range(OCTETS):
-                words += (p.pack_e2m1(step_los[j], step_his[j], multiplier),)
+            words = p.pack_e2m1(lo, hi, multiplier)
             there = (row < rows) & (here < blocks)
-            t.store_words(payload_ptr, row.to(tl.int64) * blocks + here, words, there, OCTETS)
+            t.store_words(payload_ptr, row.to(tl.int64) * blocks + here, words, there)
             byte = tl.where(there, byte, 0).to(tl.uint8)
             offset = t.scale_offset(row, here, padded_cols, LAYOUT)
             tl.store(scales_ptr + offset, byte, mask=(row < padded_rows) & (here < padded_cols))
@@ -116,19 +120,20 @@ def rms_norm_quantize_kernel(
 
 
 @triton.jit
-def _row(step, LAYOUT: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
-    """The row of each thread in a step of R rows."""
+def _first_rows(pid, LAYOUT: tl.constexpr, R: tl.constexpr, C: tl.constexpr, ITERS: tl.constexpr):
+    """The row of each thread in a program's first step."""
     strip = tl.arange(0, R * C) // C
+    step = pid * ITERS
     if LAYOUT == t.SWIZZLED_128X4:
         S: tl.constexpr = 128 // R
+        tl.static_assert(S % ITERS == 0, "the steps of a program have neighbouring rows")
         return step // S * 128 + step % S + strip * S
     else:
         return step * R + strip
 
 
 @triton.jit
-def _load_weight(weight_ptr, col, blocks, BLOCK: tl.constexpr):
-    UNITS: tl.constexpr = BLOCK * weight_ptr.dtype.element_ty.primitive_bitwidth // 128
+def _load_weight(weight_ptr, col, blocks, UNITS: tl.constexpr):
     return t.load_units(weight_ptr, col * UNITS, col < blocks, UNITS)
 
 
@@ -142,17 +147,14 @@ def _load_row(x_ptr, row, col, rows, row_units, blocks, UNITS: tl.constexpr, C: 
 
 
 @triton.jit
-def _reciprocal_rms(
-    los, his, col, blocks, k, eps, OCTETS: tl.constexpr, R: tl.constexpr, C: tl.constexpr, STEPS: tl.constexpr
-):
+def _reciprocal_rms(octets, col, blocks, k, eps, R: tl.constexpr, C: tl.constexpr, STEPS: tl.constexpr):
     """``[R * C]``: of the row of each thread."""
-    PAIRS: tl.constexpr = OCTETS // 2
     sums = ()
     most = tl.full((R * C,), 0, tl.int32)
     for s in tl.static_range(STEPS):
-        for j in tl.static_range(s * PAIRS, s * PAIRS + PAIRS):
-            total = a.sum_of_squares(los[2 * j], his[2 * j], los[2 * j + 1], his[2 * j + 1])
-            total = tl.where(col + s * C < blocks, total, 0.0)
+        totals = a.sums_of_squares(octets[s][0], octets[s][1])
+        for j in tl.static_range(len(totals)):
+            total = tl.where(col + s * C < blocks, totals[j], 0.0)
             sums += (total,)
             # Sums are no less than zero, so their bits are ordered as they are, and NaN above all.
             most = tl.maximum(most, total.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
@@ -160,7 +162,7 @@ def _reciprocal_rms(
     to_units, unit = a.units_of(most)
     to_units = _across(to_units, R, C)
     count = tl.full((R * C,), 0, tl.int64)
-    for j in tl.static_range(STEPS * PAIRS):
+    for j in tl.static_range(len(sums)):
         count += (sums[j] * to_units).to(tl.int64)
     count = tl.sum(tl.reshape(count, (R, C)), 1)
     return _across(a.reciprocal_rms(most, count, unit, k, eps), R, C)

@@ -6,6 +6,8 @@
 import triton
 import triton.language as tl
 
+from . import _triton_prims as p
+
 # constexpr names of the scale layouts and of the forms a global scale comes in
 LINEAR: tl.constexpr = tl.constexpr(0)
 SWIZZLED_128X4: tl.constexpr = tl.constexpr(1)
@@ -24,13 +26,14 @@ def position(pid, col_tiles, i, LAYOUT: tl.constexpr, R: tl.constexpr, C: tl.con
     W: tl.constexpr = min(8, C)
     col = (pid % col_tiles) * C + n % W + n // (W * R) * W
     strip = n // W % R
-    step = pid // col_tiles * ITERS + i
+    first = first_row(pid, col_tiles, LAYOUT, R, ITERS)
     if LAYOUT == SWIZZLED_128X4:
         S: tl.constexpr = 128 // R
-        row = step // S * 128 + step % S + strip * S
+        tl.static_assert(S % ITERS == 0, "the steps of a program have neighbouring rows")
+        row = first + i + strip * S
     else:
-        row = step * R + strip
-    return row.to(tl.int32), col.to(tl.int32), part
+        row = first + i * R + strip
+    return row, col.to(tl.int32), part
 
 
 @triton.jit
@@ -59,22 +62,19 @@ def scale_offset(row, col, padded_cols, LAYOUT: tl.constexpr):
 
 
 @triton.jit
-def _load_words(ptr, offset, mask):
-    """16 bytes a thread, as ``[N, 4]`` words. No value is defined where the mask is off; None is on everywhere."""
-    # A pointer's divisibility by 16 and that of the offset are what lets these be one 128-bit load.
-    words = ptr.to(tl.pointer_type(tl.uint32)) + offset[:, None] * 4 + tl.arange(0, 4)[None, :]
-    if mask is None:
-        return tl.load(words)
-    else:
-        return tl.load(words, mask=mask[:, None])
-
-
-@triton.jit
 def load_units(ptr, offset, mask, UNITS: tl.constexpr):
-    """UNITS consecutive 16-byte units a thread; ``offset`` ``[N]`` counts them. ``ptr`` is 16-byte aligned."""
+    """UNITS consecutive 16-byte units a thread, as ``[N, 4]`` words each; ``offset`` ``[N]`` counts units.
+
+    ``ptr`` is 16-byte aligned. No value is defined where the mask is off; None is on everywhere.
+    """
+    # A pointer's divisibility by 16 and that of the offset are what lets each be one 128-bit load.
+    words = ptr.to(tl.pointer_type(tl.uint32)) + offset[:, None] * 4 + tl.arange(0, 4)[None, :]
     units = ()
     for i in tl.static_range(UNITS):
-        units += (_load_words(ptr, offset + i, mask),)
+        if mask is None:
+            units += (tl.load(words + 4 * i),)
+        else:
+            units += (tl.load(words + 4 * i, mask=mask[:, None]),)
     return units
 
 
@@ -101,25 +101,24 @@ def _store(pointers, values, mask):
 
 
 @triton.jit
-def store_words(ptr, offset, words, mask, WORDS: tl.constexpr):
-    """WORDS words a thread, in stores as wide as they can be. ``offset`` ``[N]`` counts groups of WORDS words."""
-    start = ptr.to(tl.pointer_type(tl.uint32))
-    if WORDS == 1:
-        _store(start + offset[:, None], words[0][:, None], mask)
-    elif WORDS == 2:
-        _store(start + offset[:, None] * 2 + tl.arange(0, 2)[None, :], tl.join(words[0], words[1]), mask)
+def store_words(ptr, offset, words, mask):
+    """``[N, W]`` words, in stores as wide as they can be: W is 1, 2, 4 or 8. ``offset`` ``[N]`` counts groups of W."""
+    W: tl.constexpr = words.shape[1]
+    start = ptr.to(tl.pointer_type(tl.uint32)) + offset[:, None] * W
+    if W == 8:
+        front, back = p.front_back(words, 4)
+        _store(start + tl.arange(0, 4)[None, :], front, mask)
+        _store(start + 4 + tl.arange(0, 4)[None, :], back, mask)
     else:
-        for i in tl.static_range(WORDS // 4):
-            four = tl.join(tl.join(words[4 * i], words[4 * i + 2]), tl.join(words[4 * i + 1], words[4 * i + 3]))
-            four = tl.reshape(four, (four.shape[0], 4))
-            _store(start + offset[:, None] * WORDS + 4 * i + tl.arange(0, 4)[None, :], four, mask)
+        _store(start + tl.arange(0, W)[None, :], words, mask)
 
 
 @triton.jit
-def store_eight_bytes(ptr, offset, word0, word1, mask, STORE: tl.constexpr):
-    """Two words a thread, in stores of STORE (8, 4 or 1) bytes; ``offset`` ``[N]`` counts those."""
+def store_eight_bytes(ptr, offset, words, mask, STORE: tl.constexpr):
+    """``[N, 2]`` words, in stores of STORE (8, 4 or 1) bytes; ``offset`` ``[N]`` counts those."""
+    word0, word1 = tl.split(words)
     if STORE == 8:
-        store_words(ptr, offset, (word0, word1), mask, 2)
+        store_words(ptr, offset, words, mask)
     elif STORE == 4:
         start = ptr.to(tl.pointer_type(tl.uint32)) + offset
         tl.store(start, word0, mask=mask)

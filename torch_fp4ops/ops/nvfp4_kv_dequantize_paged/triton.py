@@ -101,8 +101,7 @@ def _dequantize(
         if out_ptr.dtype.element_ty == tl.uint8:  # E4M3
             lo, hi = tl.split(tl.reshape(values, (T * C, 4, 2)))
             multiplier = tl.where(step != step, step, decode)
-            front, back = p.pack_e4m3(lo, hi, multiplier)
-            t.store_words(out_ptr, unit, (front, back), written, 2)
+            t.store_words(out_ptr, unit, p.pack_e4m3(lo, hi, multiplier), written)
         else:
             values = p.round_to(values * tl.expand_dims(decode, 1), out_ptr.dtype.element_ty)
             place = unit[:, None] * 8 + tl.arange(0, 8)[None, :]

@@ -67,20 +67,18 @@ def _quantize_store(
         places += (tl.load(slot_ptr + row, mask=there, other=-1).to(tl.int64),)
     h = h.to(tl.int64)
     for n in tl.static_range(ITERS):
-        los, his = p.to_octets(loaded[n], x_ptr.dtype.element_ty, 2, None)
-        amax = p.block_amax(los, his, 2, SPLIT)
+        lo, hi = p.to_octets(loaded[n], 0, UNITS, x_ptr.dtype.element_ty, None)
+        amax = p.block_amax(lo, hi, SPLIT)
         if FORMAT == "nvfp4":
-            encode, decode = p.encode_decode(tl.load(scale_ptr + tl.arange(0, 1)), True)
+            encode, decode = p.encode_decode(tl.load(scale_ptr), True)
             byte, multiplier = p.nvfp4_scale(amax, encode, decode)
         else:
             byte, multiplier = p.mxfp4_scale(amax)
-        word0 = p.pack_e2m1(los[0], his[0], multiplier)
-        word1 = p.pack_e2m1(los[1], his[1], multiplier)
-
+        words = p.pack_e2m1(lo, hi, multiplier)
         slot = places[n]
         kept = (slot >= 0) & (slot < slots)
         place = slot // PAGE_SIZE * page + slot % PAGE_SIZE * entry + h * head + part * (8 // STORE)
-        t.store_eight_bytes(cache_ptr, place, word0, word1, kept, STORE)
+        t.store_eight_bytes(cache_ptr, place, words, kept, STORE)
         place = slot // PAGE_SIZE * sf_page + slot % PAGE_SIZE * sf_entry + h * sf_head + part // SPLIT
         tl.store(sf_ptr + place, byte.to(tl.uint8), mask=kept & (part % SPLIT == 0))
 
