@@ -30,12 +30,15 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 from triton.runtime.jit import JITFunction
 
+from .lowering import SharedLowering
+
+_SINCE_3_9 = (121,) if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9) else ()
+
+# Those of a generation follow each other: see _compile.
 TARGETS: dict[str, tuple[str, int | str, int]] = {
-    **{f"sm_{cc}": ("cuda", cc, 32) for cc in (80, 86, 89, 90, 100, 103, 120)},
+    **{f"sm_{cc}": ("cuda", cc, 32) for cc in (80, 86, 89, 90, 100, 103, 120, *_SINCE_3_9)},
     **{arch: ("hip", arch, 64) for arch in ("gfx942", "gfx950")},
 }
-if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9):
-    TARGETS["sm_121"] = ("cuda", 121, 32)
 
 TIMEOUT_S = 120
 
@@ -155,9 +158,12 @@ def compile_case(case: Any, target: str, listing: bool = False, keep: bool = Fal
     if case.max_registers is not None:
         options["maxnreg"] = case.max_registers
     log = io.StringIO()
-    with triton.knobs.compilation.scope(), triton.knobs.nvidia.scope(), contextlib.redirect_stdout(log):
+    knobs = triton.knobs
+    with knobs.compilation.scope(), knobs.nvidia.scope(), knobs.runtime.scope(), contextlib.redirect_stdout(log):
         triton.knobs.compilation.always_compile = True
         triton.knobs.nvidia.dump_ptxas_log = True
+        if share and not keep:
+            triton.knobs.runtime.add_stages_inspection_hook = _lowering.hook(target)
         with contextlib.nullcontext() if keep else _apart_from_cache():
             kernel = _compile(case, gpu, options, share and not keep)
     if gpu.backend == "cuda":
@@ -173,6 +179,7 @@ def _apart_from_cache() -> Iterator[None]:
         yield
 
 
+_lowering = SharedLowering()
 _last_ttgir: tuple[Any, str] = (None, "")
 
 
@@ -180,8 +187,8 @@ def _compile(case: Any, gpu: Any, options: dict[str, Any], share: bool) -> Any:
     """Compile, from the TTGIR of the last case if that was this one for a target of the same generation.
 
     Up to TTGIR such targets differ in nothing but their name, except in matrix products; and most of the time goes
-    there, as Triton's coalescing takes the square of a kernel's operations. What does differ, the lowering to LLVM,
-    LLVM itself and the assembler, runs for each target. A test compares both ways.
+    there, as Triton's coalescing takes the square of a kernel's operations. What does differ runs for each target:
+    LLVM, the assembler, and, where ``lowering`` knows no better, the lowering to LLVM. A test compares both ways.
     """
     global _last_ttgir
     blackwell = gpu.backend == "cuda" and gpu.arch >= 100  # which has other passes

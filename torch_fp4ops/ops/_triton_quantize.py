@@ -117,7 +117,7 @@ def quantize_kernel(
         if FORMAT == "mxfp8":
             words = p.pack_e4m3(lo, hi, multiplier)
             if not EVEN:
-                words = tl.where(there[:, None], words, 0)
+                words = tl.where(tl.expand_dims(there, 1), words, 0)
         else:
             words = p.pack_e2m1(lo, hi, multiplier)
         place = (row.to(tl.int64) * out_blocks + col) * SPLIT + part
