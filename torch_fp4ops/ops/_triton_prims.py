@@ -31,6 +31,29 @@ _E2M1_OFFSET: tl.constexpr = tl.constexpr((2 * 229 * 0x01010101) % 2**32)
 _E4M3_OFFSET: tl.constexpr = tl.constexpr((8 * 141 * 0x01010101) % 2**32)
 
 
+# The signs of words' halves to where a word of E2M1 codes has its signs.
+_SIGNS_OF_PAIRS: tl.constexpr = tl.constexpr(
+    """{ .reg .b32 front, back, even, odd;
+    prmt.b32 front, $2, $3, 0x7351; prmt.b32 back, $4, $5, 0x7351;
+    prmt.b32 even, front, back, 0x5410; prmt.b32 odd, front, back, 0x7632;
+    shr.u32 even, even, 4; lop3.b32 odd, odd, even, 0x80808080, 0xE4;
+    lop3.b32 $0, odd, $1, 0x88888888, 0xE4; }"""
+)
+# The same for two words of E4M3 codes' first or last four.
+_SIGNS_OF_TWO_PAIRS: tl.constexpr = tl.constexpr(
+    "{ .reg .b32 signs; prmt.b32 signs, $2, $3, 0x7531; lop3.b32 $0, signs, $1, 0x80808080, 0xE4; }"
+)
+_LARGER_OF_BF16: tl.constexpr = tl.constexpr("max.NaN.xorsign.abs.bf16x2 $0, $1, $2;")
+_LARGER_OF_F16: tl.constexpr = tl.constexpr("max.NaN.xorsign.abs.f16x2 $0, $1, $2;")
+
+
+@tl.core.builtin
+def cuda_capability(_semantic=None):
+    """Ten times the compute capability of what is compiled for, which need not be this machine's GPU; 0 on ROCm."""
+    options = _semantic.builder.options
+    return tl.constexpr(int(options.arch[2:]) if options.backend_name == "cuda" else 0)
+
+
 # Bits
 
 
@@ -149,13 +172,7 @@ def _fp16_words(w):
 
 @triton.jit
 def _bf16_words(w):
-    hi = from_bits(w & 0xFFFF0000)
-    if INTERPRETED:
-        return from_bits(w << 16), hi
-    else:
-        # A cast, not a shift, so that LLVM leaves the funnel shifts of its sign alone.
-        lo = (w & 0xFFFF).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-        return lo.to(tl.float32), hi
+    return from_bits(w << 16), from_bits(w & 0xFFFF0000)
 
 
 @triton.jit
@@ -178,9 +195,8 @@ def _e4m3_words(w, factor):
 
 
 @triton.jit
-def to_octets(units, FIRST: tl.constexpr, UNITS: tl.constexpr, DTYPE: tl.constexpr, factor):
-    """The values in UNITS 16-byte units. ``factor`` ``[N, 1]`` is for E4M3 only."""
-    words = concat(units, FIRST, UNITS)
+def to_octets(words, DTYPE: tl.constexpr, factor):
+    """The values of DTYPE in words. ``factor`` ``[N, 1]`` is for E4M3 only."""
     if DTYPE == tl.float32:
         return _even_odd(from_bits(words))
     elif DTYPE == tl.bfloat16:
@@ -194,13 +210,50 @@ def to_octets(units, FIRST: tl.constexpr, UNITS: tl.constexpr, DTYPE: tl.constex
 @triton.jit
 def block_amax(lo, hi, SPLIT: tl.constexpr):
     """Largest magnitude of each block, ``[N]``; NaN if there is one. SPLIT neighbouring threads share a block."""
-    HALVINGS: tl.constexpr = 1 if lo.shape[1] == 4 else (2 if lo.shape[1] == 8 else 3)  # to two columns
     most = max_or_nan(tl.abs(lo), tl.abs(hi))
-    for _ in tl.static_range(HALVINGS):
+    for _ in tl.static_range(_halvings(lo.shape[1])):
         even, odd = _even_odd(most)
         most = max_or_nan(even, odd)
     even, odd = tl.split(most)
-    amax = max_or_nan(even, odd)
+    return _amax_of_all(max_or_nan(even, odd), SPLIT)
+
+
+@triton.jit
+def block_amax_of_pairs(words, lo, hi, DTYPE: tl.constexpr, SPLIT: tl.constexpr):
+    """:func:`block_amax` of octets that hold what 16-bit values of DTYPE in words do."""
+    if INTERPRETED or cuda_capability() < 86:
+        return block_amax(lo, hi, SPLIT)
+    else:
+        for _ in tl.static_range(_halvings(words.shape[1])):
+            even, odd = _even_odd(words)
+            words = _larger_halves(even, odd, DTYPE)
+        even, odd = tl.split(words)
+        word = _larger_halves(even, odd, DTYPE)
+        if DTYPE == tl.bfloat16:
+            low, high = _bf16_words(word)
+        else:
+            low, high = _fp16_words(word)
+        return _amax_of_all(max_or_nan(tl.abs(low), tl.abs(high)), SPLIT)
+
+
+@triton.constexpr_function
+def _halvings(columns):
+    """How often a power of two is halved to get two."""
+    return columns.bit_length() - 2
+
+
+@triton.jit
+def _larger_halves(a, b, DTYPE: tl.constexpr):
+    """The larger magnitudes of words' halves, NaN if there is one; their signs are of no use."""
+    if DTYPE == tl.bfloat16:
+        return tl.inline_asm_elementwise(_LARGER_OF_BF16, "=r,r,r", [a, b], tl.uint32, True, 1)
+    else:
+        return tl.inline_asm_elementwise(_LARGER_OF_F16, "=r,r,r", [a, b], tl.uint32, True, 1)
+
+
+@triton.jit
+def _amax_of_all(amax, SPLIT: tl.constexpr):
+    """The largest of SPLIT neighbouring threads, for each of them."""
     if SPLIT > 1:
         N: tl.constexpr = amax.shape[0]
         # The bits of non-negative floats are ordered as integers, NaN above all.
@@ -272,8 +325,10 @@ def _select(word, other, MASK: tl.constexpr):
 
 
 @triton.jit
-def pack_e2m1(lo, hi, multiplier):
+def pack_e2m1(lo, hi, multiplier, pairs=None):
     """A word of E2M1 codes for each octet, ``[N, O]``: its values times the multiplier; the signs are their own.
+
+    ``pairs`` are words ``[N, 4 * O]`` whose halves have these signs, if there are such.
 
     |y|, clamped to 6 (NaN too), plus 2^22 times its binade e >= 1 has |y| / (e / 2) rounded in its low bits and
     log2(e) in its exponent; the code is the former plus twice the latter. Adding ``p >> 22`` does that for two
@@ -289,7 +344,12 @@ def pack_e2m1(lo, hi, multiplier):
     b0, b1, b2, b3 = quarters(p + (p >> 22))
     # What is left of b1 above its byte reaches bit 31 only, where a sign goes; of b2 and b3 nothing is left.
     word = (b0 & 0x7FFFFF) + (b1 << 8) + (b2 << 16) + (b3 << 24) - _E2M1_OFFSET
-    return _select(word, _signs_of_eight(lo, hi), 0x88888888)
+    if pairs is None or INTERPRETED or cuda_capability() == 0:
+        return _select(word, _signs_of_eight(lo, hi), 0x88888888)
+    else:
+        w0, w1, w2, w3 = quarters(pairs)
+        operands = [word, w0, w1, w2, w3]
+        return tl.inline_asm_elementwise(_SIGNS_OF_PAIRS, "=r,r,r,r,r,r", operands, tl.uint32, True, 1)
 
 
 @triton.jit
@@ -315,10 +375,10 @@ def _signs_of_four(x0, x1, x2, x3):
 
 
 @triton.jit
-def pack_e4m3(lo, hi, multiplier):
+def pack_e4m3(lo, hi, multiplier, pairs=None):
     """Two words of E4M3 bytes for each octet, ``[N, 2 * O]``: times the multiplier; NaN where the multiplier is NaN.
 
-    As :func:`pack_e2m1`: |y| plus 2^20 times its binade e >= 2^-6 counts steps of e / 8.
+    As :func:`pack_e2m1`, as are ``pairs``: |y| plus 2^20 times its binade e >= 2^-6 counts steps of e / 8.
     """
     m = tl.expand_dims(multiplier, 1)
     a0 = min_number(tl.abs(lo * m), 448.0)
@@ -327,12 +387,17 @@ def pack_e4m3(lo, hi, multiplier):
     z1 = _e4m3_sum(a1, tl.maximum(from_bits(bits(a1) & 0x7F800000), 0.015625))
     pair = ((z0 + (z0 >> 20)) & 0x7FFFFF) + ((z1 + (z1 >> 20)) << 8)
     p0, p1, p2, p3 = quarters(pair)
-    l0, l1, l2, l3 = quarters(bits(lo))
-    h0, h1, h2, h3 = quarters(bits(hi))
     front = p0 + (p1 << 16) - _E4M3_OFFSET
     back = p2 + (p3 << 16) - _E4M3_OFFSET
-    front = _select(front, _signs_of_four(l0, h0, l1, h1), 0x80808080)
-    back = _select(back, _signs_of_four(l2, h2, l3, h3), 0x80808080)
+    if pairs is None or INTERPRETED or cuda_capability() == 0:
+        l0, l1, l2, l3 = quarters(bits(lo))
+        h0, h1, h2, h3 = quarters(bits(hi))
+        front = _select(front, _signs_of_four(l0, h0, l1, h1), 0x80808080)
+        back = _select(back, _signs_of_four(l2, h2, l3, h3), 0x80808080)
+    else:
+        w0, w1, w2, w3 = quarters(pairs)
+        front = tl.inline_asm_elementwise(_SIGNS_OF_TWO_PAIRS, "=r,r,r,r", [front, w0, w1], tl.uint32, True, 1)
+        back = tl.inline_asm_elementwise(_SIGNS_OF_TWO_PAIRS, "=r,r,r,r", [back, w2, w3], tl.uint32, True, 1)
     words = tl.reshape(tl.join(front, back), (lo.shape[0], lo.shape[1] // 2))
     return tl.where(m != m, 0x7F7F7F7F, words).to(tl.uint32)
 

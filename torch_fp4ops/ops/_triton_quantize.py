@@ -68,101 +68,130 @@ def quantize_kernel(
     EVEN: tl.constexpr,  # nothing is ragged or padded, so no mask is needed
 ):
     BLOCK: tl.constexpr = 16 if FORMAT == "nvfp4" else 32
-    UNITS: tl.constexpr = BLOCK * x_ptr.dtype.element_ty.primitive_bitwidth // 128 // SPLIT
+    WORDS: tl.constexpr = BLOCK // SPLIT // (4 if FORMAT == "mxfp8" else 8)
+    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    UNITS: tl.constexpr = BLOCK * DTYPE.primitive_bitwidth // 128 // SPLIT
+    PAIRS: tl.constexpr = DTYPE.primitive_bitwidth == 16 and not GATED
+    STEP: tl.constexpr = t.row_step(LAYOUT, R)
     pid = tl.program_id(0)
+    first, col, part = t.position(pid, col_tiles, 0, LAYOUT, R, C, SPLIT, ITERS)
+    scale_place = t.scale_offset(first, col, padded_cols, LAYOUT)
     if not EVEN and t.first_row(pid, col_tiles, LAYOUT, R, ITERS) >= rows:  # nothing but padding
         for i in tl.static_range(ITERS):
-            row, col, part = t.position(pid, col_tiles, i, LAYOUT, R, C, SPLIT, ITERS)
-            offset = t.scale_offset(row, col, padded_cols, LAYOUT)
+            offset = t.scale_offset_ahead(scale_place, first, col, padded_cols, i, LAYOUT, R)
             zero = tl.zeros_like(col).to(tl.uint8)
-            tl.store(scales_ptr + offset, zero, mask=(row < padded_rows) & (col < padded_cols) & (part == 0))
+            inside = (first + i * STEP < padded_rows) & (col < padded_cols) & (part == 0)
+            tl.store(scales_ptr + offset, zero, mask=inside)
         return
+    # A step differs from the one before by as much for all threads, which is less work than finding each anew.
+    units = t.unit_pointers(x_ptr, first.to(tl.int64) * row_units + (col * SPLIT + part) * UNITS)
+    place = (first.to(tl.int64) * out_blocks + col) * SPLIT + part
+    places = t.word_pointers(payload_ptr, place, WORDS)
+    words_in = row_units.to(tl.int64) * (4 * STEP)
+    words_out = out_blocks.to(tl.int64) * (STEP * SPLIT * WORDS)
+    up = blocks * (SPLIT * UNITS * 4)
     loaded = ()
     loaded_ups = ()
     for i in tl.static_range(min(AHEAD, ITERS)):
-        row, col, part = t.position(pid, col_tiles, i, LAYOUT, R, C, SPLIT, ITERS)
-        there = None if EVEN else (row < rows) & (col < blocks)
-        unit = row.to(tl.int64) * row_units + (col * SPLIT + part) * UNITS
-        loaded += (t.load_units(x_ptr, unit, there, UNITS),)
+        there = None if EVEN else (first + i * STEP < rows) & (col < blocks)
+        loaded += (t.load_units(units + i * words_in, there, UNITS),)
         if GATED:
-            loaded_ups += (t.load_units(x_ptr, unit + blocks * SPLIT * UNITS, there, UNITS),)
+            loaded_ups += (t.load_units(units + (i * words_in + up), there, UNITS),)
     encode = tl.full((1,), 1.0, tl.float32)
     decode = encode
     if GLOBAL == 1:
         encode, decode = p.encode_decode(tl.load(global_scale_ptr + tl.arange(0, 1)), INVERSED)
-    for i in tl.static_range(ITERS):
-        if i + AHEAD < ITERS:  # loaded before this step stores, past which the compiler moves no load
-            row, col, part = t.position(pid, col_tiles, i + AHEAD, LAYOUT, R, C, SPLIT, ITERS)
-            there = None if EVEN else (row < rows) & (col < blocks)
-            unit = row.to(tl.int64) * row_units + (col * SPLIT + part) * UNITS
-            loaded += (t.load_units(x_ptr, unit, there, UNITS),)
+    # While a step's values are packed, the scales of the next one are made: each alone would wait for itself.
+    octets = ()
+    scales = ()
+    for i in tl.static_range(ITERS + 1):
+        if i > 0 and i - 1 + AHEAD < ITERS:  # before the step's stores, past which the compiler moves no load
+            start = (i - 1 + AHEAD) * words_in
+            there = None if EVEN else (first + (i - 1 + AHEAD) * STEP < rows) & (col < blocks)
+            loaded += (t.load_units(units + start, there, UNITS),)
             if GATED:
-                loaded_ups += (t.load_units(x_ptr, unit + blocks * SPLIT * UNITS, there, UNITS),)
-        row, col, part = t.position(pid, col_tiles, i, LAYOUT, R, C, SPLIT, ITERS)
-        there = None if EVEN else (row < rows) & (col < blocks)
-        if GLOBAL == 2:
-            encode, decode = p.encode_decode(tl.load(global_scale_ptr + row, mask=there, other=1.0), INVERSED)
-        lo, hi = p.to_octets(loaded[i], 0, UNITS, x_ptr.dtype.element_ty, tl.expand_dims(6.0 * decode, 1))
-        if GATED:
-            up_lo, up_hi = p.to_octets(loaded_ups[i], 0, UNITS, x_ptr.dtype.element_ty, None)
-            lo, hi = a.silu_and_mul(lo, up_lo), a.silu_and_mul(hi, up_hi)
-        amax = p.block_amax(lo, hi, SPLIT)
-        if FORMAT == "nvfp4":
-            byte, multiplier = p.nvfp4_scale(amax, encode, decode)
-        elif FORMAT == "mxfp4":
-            byte, multiplier = p.mxfp4_scale(amax)
-        else:
-            byte, multiplier = p.mxfp8_scale(amax)
+                loaded_ups += (t.load_units(units + (start + up), there, UNITS),)
+        if i < ITERS:
+            if GLOBAL == 2:
+                row = first + i * STEP
+                there = (row < rows) & (col < blocks)
+                encode, decode = p.encode_decode(tl.load(global_scale_ptr + row, mask=there, other=1.0), INVERSED)
+            lo, hi = p.to_octets(loaded[i], DTYPE, tl.expand_dims(6.0 * decode, 1))
+            if GATED:
+                up_lo, up_hi = p.to_octets(loaded_ups[i], DTYPE, None)
+                lo, hi = a.silu_and_mul(lo, up_lo), a.silu_and_mul(hi, up_hi)
+            if PAIRS:
+                amax = p.block_amax_of_pairs(loaded[i], lo, hi, DTYPE, SPLIT)
+            else:
+                amax = p.block_amax(lo, hi, SPLIT)
+            if FORMAT == "nvfp4":
+                scales += (p.nvfp4_scale(amax, encode, decode),)
+            elif FORMAT == "mxfp4":
+                scales += (p.mxfp4_scale(amax),)
+            else:
+                scales += (p.mxfp8_scale(amax),)
+            octets += ((lo, hi),)
+        if i > 0:
+            row = first + (i - 1) * STEP
+            there = None if EVEN else (row < rows) & (col < blocks)
+            lo, hi = octets[i - 1]
+            byte, multiplier = scales[i - 1]
+            pairs = loaded[i - 1] if PAIRS else None
+            if FORMAT == "mxfp8":
+                words = p.pack_e4m3(lo, hi, multiplier, pairs)
+                if not EVEN:
+                    words = tl.where(tl.expand_dims(there, 1), words, 0)
+            else:
+                words = p.pack_e2m1(lo, hi, multiplier, pairs)
+            t.store_words(places + (i - 1) * words_out, words, None if EVEN else (row < rows) & (col < out_blocks))
+            offset = t.scale_offset_ahead(scale_place, first, col, padded_cols, i - 1, LAYOUT, R)
+            if EVEN:
+                inside = part == 0
+            else:
+                byte = tl.where(there, byte, 0)
+                inside = (row < padded_rows) & (col < padded_cols) & (part == 0)
+            tl.store(scales_ptr + offset, byte.to(tl.uint8), mask=inside)
 
-        if FORMAT == "mxfp8":
-            words = p.pack_e4m3(lo, hi, multiplier)
-            if not EVEN:
-                words = tl.where(tl.expand_dims(there, 1), words, 0)
-        else:
-            words = p.pack_e2m1(lo, hi, multiplier)
-        place = (row.to(tl.int64) * out_blocks + col) * SPLIT + part
-        t.store_words(payload_ptr, place, words, None if EVEN else (row < rows) & (col < out_blocks))
-        offset = t.scale_offset(row, col, padded_cols, LAYOUT)
-        if EVEN:
-            inside = part == 0
-        else:
-            byte = tl.where(there, byte, 0)
-            inside = (row < padded_rows) & (col < padded_cols) & (part == 0)
-        tl.store(scales_ptr + offset, byte.to(tl.uint8), mask=inside)
 
-
-# Steps a program, and how far ahead they are loaded, by the least number of elements of a call. Measured on an NVIDIA
-# H200 (benchmarks/quantize_probe.py). NVFP4's blocks leave registers for a second step's loads; what is best where a
-# call is two to four waves of programs depends on how full the last one is.
+# Steps a program, and how far ahead they are loaded, by the least number of elements of a call; fewer take one step, so
+# that more programs share the latency. Measured on an NVIDIA H200.
 _STEPS = {
-    "nvfp4": ((1 << 28, 8, 2), (3 << 24, 4, 2), (1 << 25, 8, 1), (1 << 23, 4, 1), (1 << 22, 2, 1)),
-    "mxfp4": ((3 << 24, 4, 1), (1 << 25, 2, 1), (1 << 22, 4, 1)),
-    "mxfp8": ((3 << 24, 4, 1), (1 << 25, 2, 1), (1 << 22, 4, 1)),
+    "nvfp4": ((1 << 27, 4, 3), (1 << 24, 2, 2)),
+    "mxfp4": ((1 << 24, 4, 2),),
+    "mxfp8": ((1 << 24, 2, 2),),
 }
-_TILE = 128  # blocks, a thread each
+_MANY_GATED = 1 << 24
+_TILE = 128  # threads
 
 
 def tiling(fmt: BlockFormat, layout: str, rows: int, blocks: int, gated: bool = False) -> Tiling:
-    """How a call is cut up. Few elements take one step a program, so that more programs share the latency."""
+    """How a call is cut up."""
     if INTERPRETED:  # few programs, as each takes long
-        return Tiling(128, 16)
+        return Tiling(64, 16, ITERS=2, SPLIT=_split(fmt), AHEAD=2)
     return _tiling_on_gpu(fmt, layout, rows, blocks, gated)
+
+
+def _split(fmt: BlockFormat) -> int:
+    """Threads a block: with 32 values each, a warp's accesses lie so far apart that they take twice the time."""
+    return fmt.block_size // 16
 
 
 def _tiling_on_gpu(fmt: BlockFormat, layout: str, rows: int, blocks: int, gated: bool = False) -> Tiling:
     elements = rows * blocks * fmt.block_size
+    split = _split(fmt)
+    steps, ahead = next((rest for least, *rest in _STEPS[fmt.name] if elements >= least), (1, 1))
+    if gated:  # twice the loads, and more arithmetic
+        split = split if elements >= _MANY_GATED else max(split, 2)
+        steps, ahead = (4, 3) if elements >= _MANY_GATED else (4, 2) if elements >= 1 << 22 else (1, 1)
+    threads = _TILE // split
     if layout != scale_layouts.LINEAR and blocks <= 16:
         columns = 8 if blocks <= 8 else 16
-        return Tiling(_TILE // columns, columns, ITERS=4 if elements >= 1 << 22 else 1)
+        return Tiling(threads // columns, columns, steps, split, ahead)
     if layout == scale_layouts.LINEAR or (layout == scale_layouts.SWIZZLED_128X4 and rows < 128):
-        tile = Tiling(1, _TILE)  # of rows so few, those 32 apart are mostly padding
+        tile = Tiling(1, threads, SPLIT=split)  # of rows so few, those 32 apart are mostly padding
     else:
-        tile = Tiling(_TILE // 32, 32)
-    for least, steps, ahead in _STEPS[fmt.name]:
-        if elements >= least and rows >= 128:
-            # A gated step has twice the loads and instructions.
-            return tile._replace(ITERS=min(steps, 4), AHEAD=1) if gated else tile._replace(ITERS=steps, AHEAD=ahead)
-    return tile
+        tile = Tiling(4, threads // 4, SPLIT=split)
+    return tile._replace(ITERS=steps, AHEAD=ahead) if rows >= 128 else tile
 
 
 def shipped_tilings(fmt: BlockFormat, layout: str, gated: bool = False) -> list[Tiling]:
@@ -246,18 +275,12 @@ def quantize_rows(
         R=tile.R,
         C=tile.C,
         ITERS=tile.ITERS,
-        AHEAD=_ahead(tile, even, x.element_size()),
+        AHEAD=tile.AHEAD,
         EVEN=even,
     )
 
 
-def _ahead(tile: Tiling, even: bool, itemsize: int) -> int:
-    """Masks or values of other sizes leave no registers for more than one step's loads."""
-    return tile.AHEAD if even and itemsize == 2 else 1
-
-
-# Rows of 256 blocks that take four steps a program. Eight take the compiler long, so only some cases have them.
-_LARGE = 1 << 11
+_LARGE = 1 << 12  # rows of 256 blocks that take several steps a program
 
 
 def aot_cases() -> Iterator[AotCase]:
@@ -270,16 +293,17 @@ def aot_cases() -> Iterator[AotCase]:
                 yield _aot_case(fmt, layout, "bf16", form, False, _LARGE, even)
             yield _aot_case(fmt, swizzled, "bf16", form, False, 1, even)
             yield _aot_case(fmt, swizzled, "fp32", form, False, _LARGE, even)
-    for rows in (1 << 10, 1 << 13, 3 << 12, 1 << 16):
-        yield _aot_case(NVFP4, swizzled, "bf16", 1, False, rows, True)
-    yield _aot_case(NVFP4, swizzled, "bf16", 1, False, 1 << 16, False)
+    for even in (False, True):
+        yield _aot_case(NVFP4, swizzled, "bf16", 1, False, 1 << 15, even)
+    yield _aot_case(NVFP4, swizzled, "bf16", 1, False, 1 << 10, True)
     for blocks in (8, 16):
-        yield _aot_case(NVFP4, swizzled, "bf16", 1, False, 1 << 16, True, blocks)
+        yield _aot_case(NVFP4, swizzled, "bf16", 1, False, 1 << 20, True, blocks)
     for dtype, form, inversed in (("fp16", 2, False), ("u8", 1, True), ("bf16", 1, True)):
         yield _aot_case(NVFP4, swizzled, dtype, form, inversed, _LARGE, False)
     for fmt, layout, dtype, rows, even in (
         (NVFP4, swizzled, "bf16", _LARGE, True),
         (NVFP4, swizzled, "bf16", _LARGE, False),
+        (NVFP4, swizzled, "bf16", 1 << 11, True),
         (NVFP4, swizzled, "bf16", 1, False),
         (NVFP4, swizzled, "fp32", _LARGE, False),
         (NVFP4, scale_layouts.LINEAR, "fp16", _LARGE, True),
@@ -301,7 +325,6 @@ def _aot_case(
     gated: bool = False,
 ) -> AotCase:
     tile = _tiling_on_gpu(fmt, layout, rows, blocks, gated)
-    ahead = _ahead(tile, even, 4 if dtype == "fp32" else 2)
     signature = {"x_ptr": f"*{dtype}", "payload_ptr": "*u8", "scales_ptr": "*u8", **dict.fromkeys(_SIZES, "i32")}
     constants = {"FORMAT": fmt.name, "LAYOUT": LAYOUT_CODES[layout], "GLOBAL": form, "INVERSED": inversed}
     constants["GATED"] = gated
@@ -309,7 +332,7 @@ def _aot_case(
         signature["global_scale_ptr"] = "*fp32"
     else:
         constants["global_scale_ptr"] = None
-    shape = f"{tile.R}x{tile.C}x{tile.ITERS}s{tile.SPLIT}{f'a{ahead}' if ahead > 1 else ''}{'-even' * even}"
+    shape = f"{tile.R}x{tile.C}x{tile.ITERS}s{tile.SPLIT}{f'a{tile.AHEAD}' if tile.AHEAD > 1 else ''}{'-even' * even}"
     name = f"quantize-{'silu-' * gated}{fmt.name}-{layout}-{dtype}-gs{form}{'i' * inversed}-{shape}"
-    constants |= {**tile._asdict(), "AHEAD": ahead, "EVEN": even}
+    constants |= {**tile._asdict(), "EVEN": even}
     return AotCase(name, quantize_kernel, signature, constants, tile.threads)

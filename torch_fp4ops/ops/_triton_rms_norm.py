@@ -78,14 +78,14 @@ def rms_norm_quantize_kernel(
     if GLOBAL == 1:
         encode, decode = p.encode_decode(tl.load(global_scale_ptr + tl.arange(0, 1)), INVERSED)
     row = _first_rows(pid, LAYOUT, R, C, ITERS)
-    units = _load_row(x_ptr, row, col, rows, row_units, blocks, UNITS, C, STEPS)
+    words = _load_row(x_ptr, row, col, rows, row_units, blocks, UNITS, C, STEPS)
     for i in tl.static_range(ITERS):
         if i + 1 < ITERS:  # loaded before this step waits for its sum
-            next_row = row + (1 if LAYOUT == t.SWIZZLED_128X4 else R)
-            next_units = _load_row(x_ptr, next_row, col, rows, row_units, blocks, UNITS, C, STEPS)
+            next_row = row + t.row_step(LAYOUT, R)
+            next_words = _load_row(x_ptr, next_row, col, rows, row_units, blocks, UNITS, C, STEPS)
         octets = ()
         for s in tl.static_range(STEPS):
-            octets += (p.to_octets(units, s * UNITS, UNITS, x_ptr.dtype.element_ty, None),)
+            octets += (p.to_octets(words[s], x_ptr.dtype.element_ty, None),)
         factor = _reciprocal_rms(octets, col, blocks, k, eps, R, C, STEPS)
         if GLOBAL == 2:
             encode, decode = p.encode_decode(tl.load(global_scale_ptr + row, mask=row < rows, other=1.0), INVERSED)
@@ -99,7 +99,7 @@ def rms_norm_quantize_kernel(
                     weight = weights[s]
                 else:
                     weight = _load_weight(weight_ptr, here, blocks, WEIGHT_UNITS)
-                weight_lo, weight_hi = p.to_octets(weight, 0, WEIGHT_UNITS, weight_ptr.dtype.element_ty, None)
+                weight_lo, weight_hi = p.to_octets(weight, weight_ptr.dtype.element_ty, None)
                 lo *= weight_lo
                 hi *= weight_hi
             lo, hi = a.positive_nan(lo), a.positive_nan(hi)
@@ -108,15 +108,15 @@ def rms_norm_quantize_kernel(
                 byte, multiplier = p.nvfp4_scale(amax, encode, decode)
             else:
                 byte, multiplier = p.mxfp4_scale(amax)
-            words = p.pack_e2m1(lo, hi, multiplier)
+            codes = p.pack_e2m1(lo, hi, multiplier)
             there = (row < rows) & (here < blocks)
-            t.store_words(payload_ptr, row.to(tl.int64) * blocks + here, words, there)
+            t.store_words(t.word_pointers(payload_ptr, row.to(tl.int64) * blocks + here, BLOCK // 8), codes, there)
             byte = tl.where(there, byte, 0).to(tl.uint8)
             offset = t.scale_offset(row, here, padded_cols, LAYOUT)
             tl.store(scales_ptr + offset, byte, mask=(row < padded_rows) & (here < padded_cols))
         if i + 1 < ITERS:
             row = next_row
-            units = next_units
+            words = next_words
 
 
 @triton.jit
@@ -134,16 +134,17 @@ def _first_rows(pid, LAYOUT: tl.constexpr, R: tl.constexpr, C: tl.constexpr, ITE
 
 @triton.jit
 def _load_weight(weight_ptr, col, blocks, UNITS: tl.constexpr):
-    return t.load_units(weight_ptr, col * UNITS, col < blocks, UNITS)
+    return t.load_units(t.unit_pointers(weight_ptr, col * UNITS), col < blocks, UNITS)
 
 
 @triton.jit
 def _load_row(x_ptr, row, col, rows, row_units, blocks, UNITS: tl.constexpr, C: tl.constexpr, STEPS: tl.constexpr):
-    units = ()
+    words = ()
     for s in tl.static_range(STEPS):
         there = (row < rows) & (col + s * C < blocks)
-        units += t.load_units(x_ptr, row.to(tl.int64) * row_units + (col + s * C) * UNITS, there, UNITS)
-    return units
+        units = t.unit_pointers(x_ptr, row.to(tl.int64) * row_units + (col + s * C) * UNITS)
+        words += (t.load_units(units, there, UNITS),)
+    return words
 
 
 @triton.jit

@@ -16,7 +16,8 @@ SWIZZLED_8X4: tl.constexpr = tl.constexpr(2)
 
 @triton.jit
 def position(pid, col_tiles, i, LAYOUT: tl.constexpr, R: tl.constexpr, C: tl.constexpr, SPLIT: tl.constexpr, ITERS):
-    """Row, block and part of a block of each thread in step i of a program."""
+    """Row, block and part of a block of each thread in step i of a program; from step to step the row grows by
+    :func:`row_step`, and nothing else changes."""
     pid = pid.to(tl.uint32)  # unsigned, so that powers of two divide by shifts
     col_tiles = col_tiles.to(tl.uint32)
     n = tl.arange(0, R * C * SPLIT)
@@ -26,14 +27,13 @@ def position(pid, col_tiles, i, LAYOUT: tl.constexpr, R: tl.constexpr, C: tl.con
     W: tl.constexpr = min(8, C)
     col = (pid % col_tiles) * C + n % W + n // (W * R) * W
     strip = n // W % R
-    first = first_row(pid, col_tiles, LAYOUT, R, ITERS)
+    row = first_row(pid, col_tiles, LAYOUT, R, ITERS) + i * row_step(LAYOUT, R)
     if LAYOUT == SWIZZLED_128X4:
         S: tl.constexpr = 128 // R
         tl.static_assert(S % ITERS == 0, "the steps of a program have neighbouring rows")
-        row = first + i + strip * S
+        return row + strip * S, col.to(tl.int32), part
     else:
-        row = first + i * R + strip
-    return row, col.to(tl.int32), part
+        return row + strip, col.to(tl.int32), part
 
 
 @triton.jit
@@ -46,6 +46,12 @@ def first_row(pid, col_tiles, LAYOUT: tl.constexpr, R: tl.constexpr, ITERS):
     else:
         row = step * R
     return row.to(tl.int32)
+
+
+@triton.constexpr_function
+def row_step(LAYOUT, R):
+    """How many rows lie between the steps of a program."""
+    return 1 if LAYOUT == SWIZZLED_128X4 else R
 
 
 @triton.jit
@@ -62,20 +68,38 @@ def scale_offset(row, col, padded_cols, LAYOUT: tl.constexpr):
 
 
 @triton.jit
-def load_units(ptr, offset, mask, UNITS: tl.constexpr):
-    """UNITS consecutive 16-byte units a thread, as ``[N, 4]`` words each; ``offset`` ``[N]`` counts units.
+def scale_offset_ahead(offset, row, col, padded_cols, i, LAYOUT: tl.constexpr, R: tl.constexpr):
+    """:func:`scale_offset` in step i of a program, given what it is in the first one."""
+    if i == 0:
+        return offset
+    elif LAYOUT == LINEAR:
+        return offset + padded_cols.to(tl.int64) * (i * R)
+    elif LAYOUT == SWIZZLED_128X4:
+        return offset + 16 * i
+    else:
+        return scale_offset(row + i * R, col, padded_cols, LAYOUT)
 
-    ``ptr`` is 16-byte aligned. No value is defined where the mask is off; None is on everywhere.
+
+@triton.jit
+def unit_pointers(ptr, offset):
+    """To the four words of 16-byte units, ``[N, 4]``; ``offset`` ``[N]`` counts units. ``ptr`` is 16-byte aligned."""
+    # A pointer's divisibility by 16 and that of the offset are what lets these be one 128-bit access.
+    return ptr.to(tl.pointer_type(tl.uint32)) + offset[:, None] * 4 + tl.arange(0, 4)[None, :]
+
+
+@triton.jit
+def load_units(pointers, mask, UNITS: tl.constexpr):
+    """UNITS consecutive units a thread from :func:`unit_pointers` on, as words ``[N, 4 * UNITS]``.
+
+    No value is defined where the mask is off; None is on everywhere.
     """
-    # A pointer's divisibility by 16 and that of the offset are what lets each be one 128-bit load.
-    words = ptr.to(tl.pointer_type(tl.uint32)) + offset[:, None] * 4 + tl.arange(0, 4)[None, :]
     units = ()
     for i in tl.static_range(UNITS):
         if mask is None:
-            units += (tl.load(words + 4 * i),)
+            units += (tl.load(pointers + 4 * i),)
         else:
-            units += (tl.load(words + 4 * i, mask=mask[:, None]),)
-    return units
+            units += (tl.load(pointers + 4 * i, mask=mask[:, None]),)
+    return p.concat(units, 0, UNITS)
 
 
 @triton.jit
@@ -101,16 +125,20 @@ def _store(pointers, values, mask):
 
 
 @triton.jit
-def store_words(ptr, offset, words, mask):
-    """``[N, W]`` words, in stores as wide as they can be: W is 1, 2, 4 or 8. ``offset`` ``[N]`` counts groups of W."""
-    W: tl.constexpr = words.shape[1]
-    start = ptr.to(tl.pointer_type(tl.uint32)) + offset[:, None] * W
-    if W == 8:
+def word_pointers(ptr, offset, W: tl.constexpr):
+    """Where :func:`store_words` puts W words a thread; ``offset`` ``[N]`` counts groups of W."""
+    return ptr.to(tl.pointer_type(tl.uint32)) + offset[:, None] * W + tl.arange(0, min(W, 4))[None, :]
+
+
+@triton.jit
+def store_words(pointers, words, mask):
+    """``[N, W]`` words, in stores as wide as they can be: W is 1, 2, 4 or 8."""
+    if words.shape[1] == 8:
         front, back = p.front_back(words, 4)
-        _store(start + tl.arange(0, 4)[None, :], front, mask)
-        _store(start + 4 + tl.arange(0, 4)[None, :], back, mask)
+        _store(pointers, front, mask)
+        _store(pointers + 4, back, mask)
     else:
-        _store(start + tl.arange(0, W)[None, :], words, mask)
+        _store(pointers, words, mask)
 
 
 @triton.jit
@@ -118,7 +146,7 @@ def store_eight_bytes(ptr, offset, words, mask, STORE: tl.constexpr):
     """``[N, 2]`` words, in stores of STORE (8, 4 or 1) bytes; ``offset`` ``[N]`` counts those."""
     word0, word1 = tl.split(words)
     if STORE == 8:
-        store_words(ptr, offset, words, mask)
+        store_words(word_pointers(ptr, offset, 2), words, mask)
     elif STORE == 4:
         start = ptr.to(tl.pointer_type(tl.uint32)) + offset
         tl.store(start, word0, mask=mask)

@@ -101,7 +101,7 @@ def _dequantize(
         if out_ptr.dtype.element_ty == tl.uint8:  # E4M3
             lo, hi = tl.split(tl.reshape(values, (T * C, 4, 2)))
             multiplier = tl.where(step != step, step, decode)
-            t.store_words(out_ptr, unit, p.pack_e4m3(lo, hi, multiplier), written)
+            t.store_words(t.word_pointers(out_ptr, unit, 2), p.pack_e4m3(lo, hi, multiplier), written)
         else:
             values = p.round_to(values * tl.expand_dims(decode, 1), out_ptr.dtype.element_ty)
             place = unit[:, None] * 8 + tl.arange(0, 8)[None, :]

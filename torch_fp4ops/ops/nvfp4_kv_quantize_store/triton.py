@@ -49,7 +49,8 @@ def _quantize_store(
 ):
     SPLIT: tl.constexpr = 2 if FORMAT == "mxfp4" else 1  # threads a block
     x_row, x_head, page, entry, head, sf_page, sf_entry, sf_head = strides
-    UNITS: tl.constexpr = x_ptr.dtype.element_ty.primitive_bitwidth // 8
+    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    UNITS: tl.constexpr = DTYPE.primitive_bitwidth // 8
     i = tl.arange(0, T * C)
     pid = tl.program_id(0)
     first = pid // col_tiles * (T * ITERS) + i // C
@@ -63,18 +64,23 @@ def _quantize_store(
         row = first + n * T
         there = (row < n_rows) & (h < heads)
         unit = row.to(tl.int64) * x_row + h.to(tl.int64) * x_head + part * UNITS
-        loaded += (t.load_units(x_ptr, unit, there, UNITS),)
+        loaded += (t.load_units(t.unit_pointers(x_ptr, unit), there, UNITS),)
         places += (tl.load(slot_ptr + row, mask=there, other=-1).to(tl.int64),)
     h = h.to(tl.int64)
     for n in tl.static_range(ITERS):
-        lo, hi = p.to_octets(loaded[n], 0, UNITS, x_ptr.dtype.element_ty, None)
-        amax = p.block_amax(lo, hi, SPLIT)
+        lo, hi = p.to_octets(loaded[n], DTYPE, None)
+        if DTYPE.primitive_bitwidth == 16:
+            pairs = loaded[n]
+            amax = p.block_amax_of_pairs(pairs, lo, hi, DTYPE, SPLIT)
+        else:
+            pairs = None
+            amax = p.block_amax(lo, hi, SPLIT)
         if FORMAT == "nvfp4":
             encode, decode = p.encode_decode(tl.load(scale_ptr), True)
             byte, multiplier = p.nvfp4_scale(amax, encode, decode)
         else:
             byte, multiplier = p.mxfp4_scale(amax)
-        words = p.pack_e2m1(lo, hi, multiplier)
+        words = p.pack_e2m1(lo, hi, multiplier, pairs)
         slot = places[n]
         kept = (slot >= 0) & (slot < slots)
         place = slot // PAGE_SIZE * page + slot % PAGE_SIZE * entry + h * head + part * (8 // STORE)
