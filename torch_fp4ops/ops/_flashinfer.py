@@ -189,6 +189,7 @@ def adapter(
     exact: bool = True,
     tolerance: float = 0.02,
     part: Callable[[Call], str] | None = None,
+    differing: float = 0.01,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register the decorated adapter as a backend for each kernel, and as "flashinfer" for the one that ``pick`` says.
 
@@ -198,12 +199,12 @@ def adapter(
         unsupported: why the kernel of that name can't take a call that passed the checks here.
         pick: see :data:`Pick`.
         exact: whether quantised bytes equal the reference's.
-        tolerance, part: of the probe.
+        tolerance, part, differing: of the probe.
     """
 
     def register(run: Callable[..., Any]) -> Callable[..., Any]:
         for name, kernel in kernels.items():
-            trust = Probed(kernel.first_use, tolerance, part)
+            trust = Probed(kernel.first_use, tolerance, part, differing)
             op.backend(name, unsupported=_checks(kernel, name, unsupported), trust=trust, exact=exact)(run)
         if pick is not None:
             checks = {name: _checks(kernel, name, unsupported) for name, kernel in kernels.items()}
@@ -215,7 +216,7 @@ def adapter(
             def first_use(device: torch.device) -> str | None:
                 return kernels[pick(capability_of(device), None)].first_use(device)
 
-            trust = Probed(first_use, tolerance, part)
+            trust = Probed(first_use, tolerance, part, differing)
             op.backend("flashinfer", unsupported=unsupported_by_picked, trust=trust, exact=exact)(run)
         return run
 
