@@ -168,6 +168,8 @@ def test_backends_refuse_the_weight_layout_that_they_cannot_read(name, pretend):
 
 @pytest.mark.parametrize("name", ["mm_fp4", "mm_mxfp8", "mm_bf16_fp4"])
 def test_no_backend_reads_the_layout_of_another_gpu(name, pretend):
+    if not exists(name):
+        pytest.skip(f"this FlashInfer has no {name}")
     pretend(100)
     sample = next(s for s in samples(OPS[name]) if s.name.startswith("hopper"))
     call = OPS[name].check(*sample.args, **sample.kwargs)
