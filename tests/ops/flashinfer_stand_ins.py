@@ -48,6 +48,13 @@ def op_by_meaning(name: str, given: dict[str, Any]) -> Any:
         assert given.pop("nvfp4_4over6", None) is None and backend in ("cuda", "cute-dsl")
         assert given["input"].is_contiguous() and given["input"].dim() == 2
         assert not (backend == "cute-dsl" and given["is_global_scale_inversed"])  # it ignores the flag
+    elif name == "silu_and_mul_nvfp4_quantize":
+        assert given.pop("nvfp4_4over6", None) is None
+        x = given.pop("input")
+        assert x.is_contiguous() and x.dim() == 2 and x.dtype != torch.float32 and given["global_scale"].shape == (1,)
+        gate, up = x.float().chunk(2, dim=-1)
+        product = torch.nn.functional.silu(gate) * up
+        return OPS["fp4_quantize"].__wrapped__(product.to(x.dtype), **given)  # it rounds before it quantises
     elif name == "mxfp8_quantize":
         given["sf_swizzle_layout"] = given["sf_swizzle_layout"].value
     elif name in ("mm_fp4", "mm_mxfp8"):

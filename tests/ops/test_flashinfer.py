@@ -28,7 +28,7 @@ flashinfer = pytest.importorskip("flashinfer", reason="FlashInfer is not install
 ADAPTED = [
     *("fp4_quantize", "mxfp8_quantize", "mm_fp4", "mm_mxfp8", "mm_bf16_fp4"),
     *("nvfp4_kv_quantize", "nvfp4_kv_dequantize", "cutlass_fused_moe"),
-    *("nvfp4_kv_quantize_store", "nvfp4_kv_dequantize_paged"),
+    *("nvfp4_kv_quantize_store", "nvfp4_kv_dequantize_paged", "silu_and_mul_fp4_quantize"),
 ]
 
 

@@ -47,6 +47,12 @@ SIGNATURES = {
         "backend",
         newer=("nvfp4_4over6",),
     ),
+    "silu_and_mul_nvfp4_quantize": Signature(
+        "flashinfer",
+        "input global_scale sf_vec_size is_sf_swizzled_layout is_sf_8x4_layout",
+        newer=("nvfp4_4over6",),
+        since=(0, 6, 16),
+    ),
     "mxfp8_quantize": Signature("flashinfer", "input is_sf_swizzled_layout alignment backend sf_swizzle_layout"),
     "mm_fp4": Signature(
         "flashinfer", "a b a_descale b_descale alpha out_dtype block_size use_8x4_sf_layout use_nvfp4 backend"
