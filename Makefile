@@ -43,7 +43,7 @@ test: $(call with,test demo bench)  ## all tests that this machine can run
 	$(PY) -m pytest $(if $(filter-out 1,$(JOBS)),-n $(JOBS)) $(ARGS)
 
 test-oldest-flashinfer: $(OLDEST)/.done  ## the FlashInfer adapters against the oldest version that they support
-	$(OLDEST)/bin/python -m pytest tests/ops/test_flashinfer.py $(ARGS)
+	$(OLDEST)/bin/python -m pytest tests/ops/test_flashinfer.py tests/ops/test_flashinfer_silu_and_mul.py $(ARGS)
 
 offline: $(call with,test)  ## compile every Triton kernel for every target, without a GPU, and print a table
 	$(PY) -m compile_tests.offline --jobs $(JOBS) $(ARGS)

@@ -104,6 +104,19 @@ def test_a_float_result_may_differ_by_the_tolerance(foreign):
         assert reason is None if passes else "is wrong: relative error 0.05, where 0.02 is allowed" in reason
 
 
+def test_a_share_of_the_bytes_may_differ(foreign):
+    def off_by_a_few(*args, **kwargs):
+        codes, scales = right(*args, **kwargs)
+        flat = codes.view(-1)
+        flat[: len(flat) // 25] ^= 1
+        return codes, scales
+
+    op = foreign(nvfp4_kv_quantize, off_by_a_few, "off by 4%")
+    assert "elements differ" in prepare(op, "off by 4%", "cpu")
+    op = foreign(nvfp4_kv_quantize, off_by_a_few, "off by the 4% allowed", differing=0.05)
+    assert prepare(op, "off by the 4% allowed", "cpu") is None
+
+
 def test_auto_sets_off_neither_compilation_nor_download(foreign, monkeypatch):
     op = foreign(nvfp4_kv_quantize, right, first_use=lambda device: "compile module x")
     monkeypatch.setattr(op, "preferences", (Preference("foreign", "cpu", "a row for the test"),))

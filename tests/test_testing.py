@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 
 from torch_fp4ops import OPS
-from torch_fp4ops.testing import assert_matmul_close, assert_right, assert_same_bytes, samples
+from torch_fp4ops.testing import assert_matmul_close, assert_nearly_same, assert_right, assert_same_bytes, samples
 from torch_fp4ops.testing.strategies import matrices
 
 
@@ -29,6 +29,17 @@ def test_same_bytes_sees_every_difference():
             assert_same_bytes(other, x)
     with pytest.raises(AssertionError, match="1 of 4 bytes differ"):
         assert_same_bytes(torch.tensor([-0.0]), torch.tensor([0.0]))
+
+
+def test_nearly_same_allows_a_share_of_the_bytes():
+    x = torch.arange(200, dtype=torch.uint8)
+    for differing, share in ((2, 0.01), (10, 0.05)):
+        other = x.clone()
+        other[:differing] ^= 1
+        assert_nearly_same(other, x, differing=share)
+        other[differing] ^= 1
+        with pytest.raises(AssertionError, match=f"{differing + 1} of 200 bytes differ, more than {share:.0%}"):
+            assert_nearly_same(other, x, differing=share)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

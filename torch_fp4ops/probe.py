@@ -38,15 +38,17 @@ class Probed:
     Attributes:
         first_use: what the first call on a device would have to fetch or build ("compile fused_moe_90"), None for
             nothing. Only a call that names the backend, or :func:`prepare`, sets that off; ``auto`` never does.
-        tolerance: relative (Frobenius) error that floating-point outputs may have. Of quantised bytes 1% may differ:
-            a kernel that rounds otherwise at ties passes, one that does something else does not.
+        tolerance: relative (Frobenius) error that floating-point outputs may have.
         part: which part of a backend a call uses, where one name stands for kernels of several kinds: each is probed
             on a sample of its own. None: there is one.
+        differing: share of quantised bytes that may differ. With 1% a kernel that rounds otherwise at ties passes, one
+            that does something else does not.
     """
 
     first_use: Callable[[torch.device], str | None] = lambda device: None
     tolerance: float = 0.02
     part: Callable[[Call], str] | None = None
+    differing: float = 0.01
 
     def why_not(self, op: Op, backend: str, call: Call, *, named: bool, launch: bool) -> str | None:
         key = (op.name, backend, call.device, "" if self.part is None else self.part(call))
@@ -77,7 +79,7 @@ class Probed:
             return obstacle
         with _lock:
             if key not in _verdicts:
-                _verdicts[key] = probe(op, backend, device, self.tolerance, part) or _PASSED
+                _verdicts[key] = probe(op, backend, device, self.tolerance, part, self.differing) or _PASSED
                 op.forget()
             return _verdicts[key] or None
 
@@ -112,12 +114,14 @@ def prepare(op: Op | str, backend: str, device: torch.device | str = "cuda") -> 
     return "; ".join(reasons) or None
 
 
-def probe(op: Op, backend: str, device: torch.device, tolerance: float = 0.02, part: str = "") -> str | None:
+def probe(
+    op: Op, backend: str, device: torch.device, tolerance: float = 0.02, part: str = "", differing: float = 0.01
+) -> str | None:
     """Run a backend on the largest of the op's samples that it takes, in poisoned memory, against the reference.
 
     Args:
         op, backend, device: what is probed, and where.
-        tolerance, part: see :class:`Probed`; only samples of the part count.
+        tolerance, part, differing: see :class:`Probed`; only samples of the part count.
 
     Returns:
         What is wrong, None if nothing is. Nothing is cached, and nothing but ``unsupported`` is asked first.
@@ -143,7 +147,7 @@ def probe(op: Op, backend: str, device: torch.device, tolerance: float = 0.02, p
     if len(outputs) != len(references):
         return f"failed its probe: {len(outputs)} outputs, not {len(references)}"
     for i, (given, reference, poison) in enumerate(zip(outputs, references, poisons, strict=True)):
-        wrong = _difference(given.cpu(), reference, poison, tolerance)
+        wrong = _difference(given.cpu(), reference, poison, tolerance, differing)
         if wrong is not None:
             return f"{wrong} (output {i} of the probe {sample.name!r})"
     return None
@@ -190,7 +194,7 @@ def _poisoned() -> Iterator[None]:
             torch.utils.deterministic.fill_uninitialized_memory = filled  # type: ignore[attr-defined]
 
 
-def _difference(given: Tensor, wanted: Tensor, poison: Tensor, tolerance: float) -> str | None:
+def _difference(given: Tensor, wanted: Tensor, poison: Tensor, tolerance: float, allowed: float) -> str | None:
     if (given.shape, given.dtype) != (wanted.shape, wanted.dtype):
         return f"gives {given.dtype} {tuple(given.shape)}, not {wanted.dtype} {tuple(wanted.shape)}"
     got, reference, untouched = (_rows_of_bytes(t) for t in (given, wanted, poison))
@@ -202,7 +206,7 @@ def _difference(given: Tensor, wanted: Tensor, poison: Tensor, tolerance: float)
         error = float((given.double() - wanted.double()).norm() / wanted.double().norm())
         return None if error <= tolerance else f"is wrong: relative error {error:.3g}, where {tolerance:g} is allowed"
     wrong = int(differing.sum())
-    return None if wrong <= len(differing) // 100 else f"is wrong: {wrong} of {len(differing)} elements differ"
+    return None if wrong <= int(len(differing) * allowed) else f"is wrong: {wrong} of {len(differing)} elements differ"
 
 
 def _rows_of_bytes(t: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ OLDEST = (0, 6, 11)
 
 class Signature(NamedTuple):
     """A function's module, the arguments that an adapter forwards by keyword, and those that only newer versions have;
-    ``since`` is the first version known to have the function, None for all from OLDEST on."""
+    ``since`` is the first version that has the function, None for all from OLDEST on."""
 
     module: str
     arguments: str
@@ -47,24 +47,30 @@ SIGNATURES = {
         "backend",
         newer=("nvfp4_4over6",),
     ),
+    "silu_and_mul_nvfp4_quantize": Signature(
+        "flashinfer",
+        "input global_scale sf_vec_size is_sf_swizzled_layout is_sf_8x4_layout",
+        newer=("nvfp4_4over6",),
+        since=(0, 6, 16),
+    ),
     "mxfp8_quantize": Signature("flashinfer", "input is_sf_swizzled_layout alignment backend sf_swizzle_layout"),
     "mm_fp4": Signature(
         "flashinfer", "a b a_descale b_descale alpha out_dtype block_size use_8x4_sf_layout use_nvfp4 backend"
     ),
     "mm_mxfp8": Signature("flashinfer", "a b a_descale b_descale out_dtype use_8x4_sf_layout backend"),
-    "mm_bf16_fp4": Signature("flashinfer", "a b b_descale alpha out_dtype block_size backend", since=(0, 6, 18)),
-    "prepare_bf16_fp4_weights": Signature("flashinfer", "b b_descale alpha block_size backend", since=(0, 6, 18)),
+    "mm_bf16_fp4": Signature("flashinfer", "a b b_descale alpha out_dtype block_size backend", since=(0, 6, 14)),
+    "prepare_bf16_fp4_weights": Signature("flashinfer", "b b_descale alpha block_size backend", since=(0, 6, 14)),
     "nvfp4_kv_quantize": Signature("flashinfer", "input global_scale"),
     "nvfp4_kv_dequantize": Signature("flashinfer", "fp4_data block_scales global_scale output_dtype"),
     "nvfp4_kv_dequantize_paged": Signature(
         "flashinfer",
         "paged_kv_cache kv_cache_sf block_tables seq_lens k_scale v_scale output_k output_v kv_layout",
-        since=(0, 6, 18),
+        since=(0, 6, 15),
     ),
     "nvfp4_quantize_append_paged_kv_cache_with_slot_mapping": Signature(
         "flashinfer",
         "append_key append_value slot_mapping paged_kv_cache kv_cache_sf k_scale v_scale kv_layout",
-        since=(0, 6, 18),
+        since=(0, 6, 15),
     ),
     "cutlass_fused_moe": Signature(
         "flashinfer.fused_moe",
@@ -189,6 +195,7 @@ def adapter(
     exact: bool = True,
     tolerance: float = 0.02,
     part: Callable[[Call], str] | None = None,
+    differing: float = 0.01,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register the decorated adapter as a backend for each kernel, and as "flashinfer" for the one that ``pick`` says.
 
@@ -198,12 +205,12 @@ def adapter(
         unsupported: why the kernel of that name can't take a call that passed the checks here.
         pick: see :data:`Pick`.
         exact: whether quantised bytes equal the reference's.
-        tolerance, part: of the probe.
+        tolerance, part, differing: of the probe.
     """
 
     def register(run: Callable[..., Any]) -> Callable[..., Any]:
         for name, kernel in kernels.items():
-            trust = Probed(kernel.first_use, tolerance, part)
+            trust = Probed(kernel.first_use, tolerance, part, differing)
             op.backend(name, unsupported=_checks(kernel, name, unsupported), trust=trust, exact=exact)(run)
         if pick is not None:
             checks = {name: _checks(kernel, name, unsupported) for name, kernel in kernels.items()}
@@ -215,7 +222,7 @@ def adapter(
             def first_use(device: torch.device) -> str | None:
                 return kernels[pick(capability_of(device), None)].first_use(device)
 
-            trust = Probed(first_use, tolerance, part)
+            trust = Probed(first_use, tolerance, part, differing)
             op.backend("flashinfer", unsupported=unsupported_by_picked, trust=trust, exact=exact)(run)
         return run
 
@@ -300,7 +307,9 @@ def function(name: str) -> Callable[..., Any]:
     try:
         found: Callable[..., Any] = getattr(module, name)
     except AttributeError as error:
-        raise ImportError(f"no {name} in {module.__name__}") from error
+        since = SIGNATURES[name].since
+        later = "" if since is None else f"; {_dotted(since)} and later have it"
+        raise ImportError(f"no {name} in {module.__name__}{later}") from error
     return found
 
 

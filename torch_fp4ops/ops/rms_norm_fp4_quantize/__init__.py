@@ -76,7 +76,8 @@ def rms_norm_fp4_quantize(
             scale that is not finite and above zero.
 
     Source: FlashInfer ``rmsnorm`` (names, order and default of input, weight and eps) followed by ``fp4_quantize``.
-    FlashInfer's own fusion, ``rmsnorm_fp4quant``, takes the decode scale and rounds to other codes.
+    FlashInfer's own fusion, ``rmsnorm_fp4quant``, rounds ``x * weight`` to 16 bits before the norm's factor and leaves
+    the padding of swizzled scales unwritten.
     """
     flags = (sf_vec_size, sf_use_ue8m0, is_sf_swizzled_layout, is_sf_8x4_layout, is_global_scale_inversed)
     return fp4_quantize.__wrapped__(rms_norm(input, weight, eps), global_scale, *flags)
