@@ -148,8 +148,8 @@ class Op(WithBackends):
             return self._run_checked(args, kwargs)  # which makes it the current one
         run, written = known
         try:
-            if type(run) is Plan:
-                result = run(given)
+            if isinstance(run, Plan):
+                result = run.carry_out(given)
             else:
                 args, kwargs = self._with_defaults(args, kwargs)
                 result = run(*args, **kwargs)

@@ -35,6 +35,8 @@ _ALLOCATIONS = {
     torch.ops.aten.new_empty.default,
     torch.ops.aten.new_empty_strided.default,
 }
+# Inductor's own way to memory, without the dispatcher: 1.0 instead of 1.8 us. On the current device.
+_empty_strided_cuda = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)
 _tracing: ContextVar[Trace | None] = ContextVar("torch_fp4ops_trace", default=None)
 
 
@@ -168,8 +170,8 @@ class Trace(TorchDispatchMode):
             whole = not place.offset and metadata == _Metadata.of(base)
             view = None if whole else _moved_tensor(metadata)
             outputs.append((place.tensor - self._given, place.offset, view))
-        allocations = [(*_Metadata.of(t), t.device) for t in made]
-        return Plan(allocations, self._launches, outputs, out is None or isinstance(out, Tensor))
+        allocations = [(_Metadata.of(t), t.device) for t in made]
+        return Plan(self._given, allocations, self._launches, outputs, out is None or isinstance(out, Tensor))
 
 
 _Output = tuple[int, int, "Callable[[Tensor, int], Tensor] | None"]
@@ -187,39 +189,55 @@ class _Launch(NamedTuple):
 
 
 class Plan:
-    """Memory to allocate, kernels to launch and outputs to return."""
+    """Memory to allocate, kernels to launch and outputs to return, as straight code.
 
-    __slots__ = ("_allocations", "_launches", "_outputs", "_single")
+    ``carry_out`` does it with a list of tensors as arguments, on their device, which must be the current one.
+    """
+
+    __slots__ = ("carry_out",)
 
     def __init__(
         self,
-        allocations: list[tuple[Any, ...]],
+        given: int,
+        allocations: list[tuple[_Metadata, torch.device]],
         launches: list[_Launch],
         outputs: list[_Output],
         single: bool,
     ):
-        self._allocations = allocations
-        self._launches = launches
-        self._outputs = outputs
-        self._single = single
+        # Written out, since loops over what is the same in every call take 4 us of 12.
+        known: dict[str, Any] = {}
 
-    def __call__(self, given: list[Tensor]) -> Any:
-        """Do it with these tensors as arguments, on their device, which must be the current one."""
+        def say(value: Any) -> str:
+            if value is None or type(value) in (bool, int, str):
+                return repr(value)
+            name = f"known_{len(known)}"
+            known[name] = value
+            return name
+
+        tensors = [f"t{i}" for i in range(given + len(allocations))]
+        lines = [f"[{', '.join(tensors[:given])}] = given"]
+        for name, (metadata, device) in zip(tensors[given:], allocations, strict=True):
+            size, stride, dtype = map(say, metadata)
+            if device.type == "cuda" and _empty_strided_cuda is not None:
+                lines.append(f"{name} = {say(_empty_strided_cuda)}({size}, {stride}, {dtype})")
+            else:
+                where = f"dtype={dtype}, device={say(device)}"
+                lines.append(f"{name} = {say(torch.empty_strided)}({size}, {stride}, {where})")
+        for launch in launches:
+            values = [say(value) for value in launch.values]
+            for i, tensor, offset in launch.pointers:
+                values[i] = f"{tensors[tensor]}.data_ptr() + {offset}"
+            for i, place, moved in launch.others:
+                values[i] = f"{say(moved)}({tensors[place.tensor]}, {place.offset})"
+            lines.append(f"{say(launch.run)}({', '.join(values)})")
         made = [
-            torch.empty_strided(size, stride, dtype=dtype, device=device)
-            for size, stride, dtype, device in self._allocations
+            tensors[given + i] if view is None else f"{say(view)}({tensors[given + i]}, {offset})"
+            for i, offset, view in outputs
         ]
-        tensors = given + made
-        starts = [t.data_ptr() for t in tensors]
-        for run, values, pointers, others in self._launches:
-            values = values.copy()
-            for i, tensor, offset in pointers:
-                values[i] = starts[tensor] + offset
-            for i, (tensor, offset), moved in others:
-                values[i] = moved(tensors[tensor], offset)
-            run(*values)
-        outputs = [made[i] if view is None else view(made[i], offset) for i, offset, view in self._outputs]
-        return tuple(outputs) if not self._single else outputs[0] if outputs else None
+        returned = f"({', '.join(made)},)" if not single else made[0] if made else "None"
+        lines.append(f"return {returned}")
+        exec("def carry_out(given):\n    " + "\n    ".join(lines), known)
+        self.carry_out: Callable[[list[Tensor]], Any] = known["carry_out"]
 
 
 def _only_views(func: Any) -> bool:
