@@ -57,14 +57,33 @@ def kernels(x: Tensor, y: Tensor | None = None, times: int = 1, *, backend: str 
     return out.view(-1).view(x.shape)
 
 
-def copies(x: Tensor, y: Tensor | None = None, times: int = 1, *, backend: str = "auto") -> Tensor:
-    RUNS.append("copies")
+def calls_torch(x: Tensor, y: Tensor | None = None, times: int = 1, *, backend: str = "auto") -> Tensor:
+    """Torch's functions between launches: new tensors, in place, several outputs, lists, views of what they made."""
+    RUNS.append("calls_torch")
+    first = torch.empty_like(x)
+    _launch(first, x.clone(), 2.0)
+    largest, where = torch.stack([first, x.neg()]).max(0)
+    out = torch.where(where[:, :1] == 0, largest, -largest)
+    scaled = torch.zeros_like(out)
+    _launch(scaled, out.mul_(times), 1.0)
+    return scaled
+
+
+def reads(x: Tensor, y: Tensor | None = None, times: int = 1, *, backend: str = "auto") -> Tensor:
+    RUNS.append("reads")
     out = torch.empty_like(x)
-    _launch(out, x.clone(), float(times))
+    _launch(out, x, float(x[0, 0]))
     return out
 
 
-for backend in (kernels, copies):
+def selects(x: Tensor, y: Tensor | None = None, times: int = 1, *, backend: str = "auto") -> Tensor:
+    RUNS.append("selects")
+    out = torch.empty_like(x)
+    _launch(out, x, float(len(x[x > 1])))
+    return out
+
+
+for backend in (kernels, calls_torch, reads, selects):
     backend.__annotations__ = replay_probe.__annotations__
     PROBE.backend(backend.__name__, unsupported=lambda call: None, replayable=True)(backend)
 
@@ -117,13 +136,25 @@ def test_kinds_differ_by_metadata_and_arguments():
         assert RUNS == ["kernels"] * 2
 
 
-def test_what_copies_is_not_replayed_but_its_backend_is_remembered(monkeypatch):
+def test_functions_of_torch_are_called_again():
+    for i in range(5):
+        x = torch.randn(4, 3, generator=torch.Generator().manual_seed(i))
+        first = x * 2
+        wanted = torch.where((first >= -x)[:, :1], torch.maximum(first, -x), -torch.maximum(first, -x)) * 3
+        assert torch.equal(call(x, None, 3, backend="calls_torch"), wanted)
+    assert RUNS == ["calls_torch"] * 2
+    ((run, _),) = PROBE._known.values()
+    assert type(run) is Plan
+
+
+@pytest.mark.parametrize(("backend", "factor"), [("reads", 3.0), ("selects", 12.0)])
+def test_what_depends_on_data_is_not_replayed_but_its_backend_is_remembered(monkeypatch, backend, factor):
     checks = []
     monkeypatch.setattr(PROBE, "_check", lambda *a, check=PROBE._check: checks.append(1) or check(*a))
-    for i in range(4):
-        x = torch.full((4, 3), float(i))
-        assert torch.equal(call(x, backend="copies"), x)
-    assert RUNS == ["copies"] * 4
+    x = torch.full((4, 3), 3.0)
+    for _ in range(4):
+        assert torch.equal(call(x, backend=backend), x * factor)
+    assert [backend] * 4 == RUNS
     ((run, _),) = PROBE._known.values()
     assert type(run) is not Plan
 
@@ -150,12 +181,12 @@ def test_records_see_every_call():
 def test_a_choice_of_backend_makes_kinds_of_its_own():
     x = torch.ones(4, 3)
     for _ in range(2):
-        for name in ("copies", "kernels"):
+        for name in ("reads", "kernels"):
             with set_backend(name):
                 for _ in range(3):
                     PROBE.default(x)
-    # "copies" runs at every call, "kernels" at the first two.
-    assert "".join(name[0] for name in RUNS) == "ccckkccc"
+    # "reads" runs at every call, "kernels" at the first two.
+    assert "".join(name[0] for name in RUNS) == "rrrkkrrr"
     assert len(PROBE._known) == 2
 
 

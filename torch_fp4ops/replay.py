@@ -5,20 +5,23 @@ that. So calls that are alike in metadata allocate the same memory and launch th
 their arguments. The first call of a kind runs as always, the second one is traced, and from the third on only what was
 traced is done again: some ten microseconds on the host in place of fifty and more.
 
-A trace counts only if all that happened was memory being allocated, views and launches that the backend reported
-(:func:`tracing`); for other calls, the backend that was chosen is remembered.
+A trace counts only if all that happened was memory being allocated, views, launches that the backend reported
+(:func:`tracing`), and functions of torch whose outputs have the same metadata whatever the data; for other calls, the
+backend that was chosen is remembered.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 __all__ = ["Plan", "Trace", "kind_of", "tracing"]
 
@@ -28,6 +31,12 @@ Run = Callable[..., None]
 ON_CPU = False
 """Whether calls on the CPU are replayed: where Triton's kernels are interpreted, they are."""
 
+# Functions whose outputs differ in metadata or on purpose from call to call.
+_DEPEND_ON_MORE = {
+    torch.Tag.data_dependent_output,
+    torch.Tag.dynamic_output_shape,
+    torch.Tag.nondeterministic_seeded,
+}
 _ALLOCATIONS = {
     torch.ops.aten.empty.memory_format,
     torch.ops.aten.empty_like.default,
@@ -76,11 +85,31 @@ class _Metadata(NamedTuple):
         return cls(tuple(t.shape), t.stride(), t.dtype)
 
 
-class _Place(NamedTuple):
-    """A number of bytes after the start of a tensor: of an argument, or of what was allocated, in this order."""
+class _Pointer(NamedTuple):
+    """An address: so many bytes after the start of a tensor, of which arguments come first, then what was made."""
 
     tensor: int
     offset: int
+
+
+class _Part(NamedTuple):
+    """What is made of the memory at a place; None: the tensor itself."""
+
+    tensor: int
+    offset: int
+    view: Callable[[Tensor, int], Any] | None
+
+
+class _Step(NamedTuple):
+    """Something to do again, given constants, :class:`_Pointer` and :class:`_Part`."""
+
+    run: Callable[..., Any]
+    args: Sequence[Any]
+    kwargs: Mapping[str, Any] = MappingProxyType({})
+    made: Sequence[int | None] = ()
+    """Which tensors it returns; None for one that there was before."""
+    single: bool = True
+    """Whether a single tensor is returned as it is."""
 
 
 class Trace(TorchDispatchMode):
@@ -93,7 +122,7 @@ class Trace(TorchDispatchMode):
         self._paused = False
         self._given = len(given)
         self._tensors = list(given)
-        self._launches: list[_Launch] = []
+        self._steps: list[_Step] = []
 
     def __enter__(self) -> Trace:
         self._token = _tracing.set(self)
@@ -109,10 +138,25 @@ class Trace(TorchDispatchMode):
         if self._paused:
             pass
         elif func in _ALLOCATIONS:
+            self._steps.append(_allocation(out, len(self._tensors)))
             self._tensors.append(out)
         elif not _only_views(func):
-            self.obstacle = f"{func} was called"
+            self._called(func, args, kwargs or {}, out)
         return out
+
+    def _called(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        outputs = out if isinstance(out, (tuple, list)) else (out,)
+        device = self._tensors[0].device
+        if _DEPEND_ON_MORE & set(func.tags) or not all(isinstance(t, Tensor) and t.device == device for t in outputs):
+            self.obstacle = f"{func} was called"
+            return
+        known_args, known_kwargs = tree_map_only(Tensor, self._part_or_obstacle, (args, kwargs))
+        made: list[int | None] = []
+        for t, returned in zip(outputs, func._schema.returns, strict=True):
+            made.append(len(self._tensors) if returned.alias_info is None else None)
+            if returned.alias_info is None:
+                self._tensors.append(t)
+        self._steps.append(_Step(func, known_args, known_kwargs, made, isinstance(out, Tensor)))
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
@@ -126,26 +170,23 @@ class Trace(TorchDispatchMode):
     def launched(self, run: Run, values: Sequence[Any], addresses: bool = True) -> None:
         """A kernel was launched with these values of its parameters; ``run`` launches it again, and takes pointers as
         ``addresses`` or as tensors."""
-        launch = _Launch(run, list(values), [], [])
-        self._launches.append(launch)
+        args: list[Any] = []
         for i, value in enumerate(values):
             described = getattr(value, "base", None)
             pointer = described if described is not None else value
             if not isinstance(pointer, Tensor):
+                args.append(value)
                 continue
             place = self._place(pointer)
             if place is None:
                 self.obstacle = f"parameter {i} of a kernel is no part of one argument or allocation"
-                return
-            launch.values[i] = None
-            if described is not None:
-                launch.others.append((i, place, _moved_descriptor(value)))
-            elif addresses:
-                launch.pointers.append((i, *place))
+            elif described is not None:
+                args.append(_Part(*place, _moved_descriptor(value)))
             else:
-                launch.others.append((i, place, _moved_tensor(_Metadata.of(pointer))))
+                args.append(place if addresses else self._part(pointer))
+        self._steps.append(_Step(run, args))
 
-    def _place(self, t: Tensor) -> _Place | None:
+    def _place(self, t: Tensor) -> _Pointer | None:
         address = t.data_ptr()
         if not address:
             return None
@@ -154,38 +195,31 @@ class Trace(TorchDispatchMode):
             memory = t.untyped_storage().data_ptr()
             same = [i for i, base in enumerate(self._tensors) if base.untyped_storage().data_ptr() == memory]
         # Of two arguments in the same place the next call may have two places.
-        return _Place(same[0], address - self._tensors[same[0]].data_ptr()) if len(same) == 1 else None
+        return _Pointer(same[0], address - self._tensors[same[0]].data_ptr()) if len(same) == 1 else None
+
+    def _part(self, t: Tensor) -> _Part | None:
+        place = self._place(t)
+        if place is None:
+            return None
+        metadata = _Metadata.of(t)
+        whole = not place.offset and metadata == _Metadata.of(self._tensors[place.tensor])
+        return _Part(*place, None if whole else _moved_tensor(metadata))
+
+    def _part_or_obstacle(self, t: Tensor) -> _Part | None:
+        part = self._part(t)
+        if part is None:
+            self.obstacle = "a function of torch was given what is no part of one argument or allocation"
+        return part
 
     def plan(self, out: Any) -> Plan | None:
         """How to do it again; None if that can't be. ``out`` is what the backend returned: nothing, or new tensors."""
-        if self.obstacle or not self._launches:
+        if self.obstacle or not self._steps:
             return None
-        made = self._tensors[self._given :]
-        outputs: list[_Output] = []
-        for t in () if out is None else (out,) if isinstance(out, Tensor) else out:
-            place = self._place(t)
-            if place is None or place.tensor < self._given:
-                return None
-            base, metadata = made[place.tensor - self._given], _Metadata.of(t)
-            whole = not place.offset and metadata == _Metadata.of(base)
-            view = None if whole else _moved_tensor(metadata)
-            outputs.append((place.tensor - self._given, place.offset, view))
-        allocations = [(_Metadata.of(t), t.device) for t in made]
-        return Plan(self._given, allocations, self._launches, outputs, out is None or isinstance(out, Tensor))
-
-
-_Output = tuple[int, int, "Callable[[Tensor, int], Tensor] | None"]
-"""Which allocation, the offset in it, and what is made of it there; None: it itself."""
-
-
-class _Launch(NamedTuple):
-    run: Run
-    values: list[Any]
-    """Of the kernel's parameters; those that differ from call to call are put in."""
-    pointers: list[tuple[int, int, int]]
-    """Parameter, tensor, offset."""
-    others: list[tuple[int, _Place, Callable[[Tensor, int], Any]]]
-    """Parameter, place, and what to make of the tensor and the offset."""
+        parts = [self._part(t) for t in (() if out is None else (out,) if isinstance(out, Tensor) else out)]
+        outputs = [part for part in parts if part is not None and part.tensor >= self._given]
+        if len(outputs) != len(parts):
+            return None
+        return Plan(self._given, self._steps, outputs, out is None or isinstance(out, Tensor))
 
 
 class Plan:
@@ -196,48 +230,41 @@ class Plan:
 
     __slots__ = ("carry_out",)
 
-    def __init__(
-        self,
-        given: int,
-        allocations: list[tuple[_Metadata, torch.device]],
-        launches: list[_Launch],
-        outputs: list[_Output],
-        single: bool,
-    ):
-        # Written out, since loops over what is the same in every call take 4 us of 12.
+    def __init__(self, given: int, steps: list[_Step], outputs: list[_Part], single: bool):
+        # Written out, since loops over what is the same in every call took 4 us of 12.
         known: dict[str, Any] = {}
 
         def say(value: Any) -> str:
+            if isinstance(value, _Pointer):
+                return f"t{value.tensor}.data_ptr() + {value.offset}"
+            if isinstance(value, _Part):
+                whole = f"t{value.tensor}"
+                return whole if value.view is None else f"{say(value.view)}({whole}, {value.offset})"
+            if type(value) in (list, tuple) and any(isinstance(v, (_Part, list, tuple)) for v in value):
+                return f"[{', '.join(map(say, value))}]"
             if value is None or type(value) in (bool, int, str):
                 return repr(value)
             name = f"known_{len(known)}"
             known[name] = value
             return name
 
-        tensors = [f"t{i}" for i in range(given + len(allocations))]
-        lines = [f"[{', '.join(tensors[:given])}] = given"]
-        for name, (metadata, device) in zip(tensors[given:], allocations, strict=True):
-            size, stride, dtype = map(say, metadata)
-            if device.type == "cuda" and _empty_strided_cuda is not None:
-                lines.append(f"{name} = {say(_empty_strided_cuda)}({size}, {stride}, {dtype})")
-            else:
-                where = f"dtype={dtype}, device={say(device)}"
-                lines.append(f"{name} = {say(torch.empty_strided)}({size}, {stride}, {where})")
-        for launch in launches:
-            values = [say(value) for value in launch.values]
-            for i, tensor, offset in launch.pointers:
-                values[i] = f"{tensors[tensor]}.data_ptr() + {offset}"
-            for i, place, moved in launch.others:
-                values[i] = f"{say(moved)}({tensors[place.tensor]}, {place.offset})"
-            lines.append(f"{say(launch.run)}({', '.join(values)})")
-        made = [
-            tensors[given + i] if view is None else f"{say(view)}({tensors[given + i]}, {offset})"
-            for i, offset, view in outputs
-        ]
-        returned = f"({', '.join(made)},)" if not single else made[0] if made else "None"
-        lines.append(f"return {returned}")
+        lines = [f"[{', '.join(f't{i}' for i in range(given))}] = given"]
+        for step in steps:
+            args = [*map(say, step.args), *(f"{name}={say(value)}" for name, value in step.kwargs.items())]
+            made = ", ".join("_" if i is None else f"t{i}" for i in step.made)
+            target = "" if not made else f"{made} = " if step.single else f"[{made}] = "
+            lines.append(f"{target}{say(step.run)}({', '.join(args)})")
+        returned = list(map(say, outputs))
+        lines.append("return " + (f"({', '.join(returned)},)" if not single else returned[0] if returned else "None"))
         exec("def carry_out(given):\n    " + "\n    ".join(lines), known)
         self.carry_out: Callable[[list[Tensor]], Any] = known["carry_out"]
+
+
+def _allocation(t: Tensor, index: int) -> _Step:
+    size, stride, dtype = _Metadata.of(t)
+    if t.is_cuda and _empty_strided_cuda is not None:
+        return _Step(_empty_strided_cuda, (size, stride, dtype), {}, [index])
+    return _Step(torch.empty_strided, (size, stride), {"dtype": dtype, "device": t.device}, [index])
 
 
 def _only_views(func: Any) -> bool:

@@ -71,7 +71,7 @@ def check_replays(device: str) -> None:
         for backend in op.backend_names():
             if op.find_backend(backend, "test").replayable:
                 counts = how_often(op, backend, device)
-                # Those that aren't: empty ones, and arguments that are copied first.
+                # Those that aren't: empty ones.
                 assert not counts or counts["plan"] > counts["backend"], (op.name, backend, counts)
                 seen += counts["plan"]
         assert seen, op.name
