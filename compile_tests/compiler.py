@@ -180,29 +180,37 @@ def _apart_from_cache() -> Iterator[None]:
 
 
 _lowering = SharedLowering()
-_last_ttgir: tuple[Any, str] = (None, "")
+_last_ttgir: tuple[Any, bool, str] = (None, False, "")
 
 
 def _compile(case: Any, gpu: Any, options: dict[str, Any], share: bool) -> Any:
     """Compile, from the TTGIR of the last case if that was this one for a target of the same generation.
 
-    Up to TTGIR such targets differ in nothing but their name, except in matrix products; and most of the time goes
-    there, as Triton's coalescing takes the square of a kernel's operations. What does differ runs for each target:
-    LLVM, the assembler, and, where ``lowering`` knows no better, the lowering to LLVM. A test compares both ways.
+    Up to TTGIR such targets differ in nothing but their name; and most of the time goes there, as Triton's coalescing
+    takes the square of a kernel's operations. What does differ runs for each target: LLVM, the assembler, and, where
+    ``lowering`` knows no better, the lowering to LLVM. Tests compare both ways.
     """
     global _last_ttgir
-    blackwell = gpu.backend == "cuda" and gpu.arch >= 100  # which has other passes
-    key = (case, options, gpu.backend, blackwell)
-    if share and _last_ttgir[0] == key:
+    key, products, ttgir = _last_ttgir
+    if share and key == (case, options, _generation(gpu, products)):
         with tempfile.TemporaryDirectory() as scratch:
             path = Path(scratch, f"{case.kernel.__name__}.ttgir")
             target = f'ttg.target = "{gpu.backend}:{gpu.arch}"'
-            path.write_text(re.sub(r'ttg\.target = "\w+:\w+"', target, _last_ttgir[1]))
+            path.write_text(re.sub(r'ttg\.target = "\w+:\w+"', target, ttgir))
             return triton.compile(str(path), target=gpu, options=options)
     kernel = triton.compile(_source(case), target=gpu, options=options)
-    ttir = kernel.asm.get("ttir", "tt.dot")  # Gluon has none
-    _last_ttgir = (None, "") if "tt.dot" in ttir else (key, kernel.asm["ttgir"])
+    products = "tt.dot" in kernel.asm.get("ttir", "tt.dot")  # Gluon has no TTIR
+    _last_ttgir = (case, options, _generation(gpu, products)), products, kernel.asm["ttgir"]
     return kernel
+
+
+def _generation(gpu: Any, products: bool) -> str:
+    """What targets share TTGIR's passes; and, for matrix products, the instructions that those choose."""
+    if gpu.backend == "hip":
+        return gpu.arch if products else "hip"
+    if products:
+        return f"{gpu.arch // 10}x"
+    return "from 100" if gpu.arch >= 100 else "before 100"
 
 
 def _source(case: Any) -> Any:
