@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from torch_fp4ops import BackendUnavailable, explain, mm_mxfp8, nvfp4_kv_quantize, probe
+from torch_fp4ops import BackendUnavailable, capture, explain, mm_mxfp8, nvfp4_kv_quantize, probe
+from torch_fp4ops.cuda_graphs import FirstUseInCapture, warmup
 from torch_fp4ops.probe import Probed, prepare
 from torch_fp4ops.registry import Op
 from torch_fp4ops.selection import Preference, choose
@@ -27,6 +28,7 @@ def foreign(monkeypatch):
         return op
 
     monkeypatch.setattr(probe, "_verdicts", {})
+    monkeypatch.setattr(probe, "_built", set())
     return add
 
 
@@ -139,6 +141,48 @@ def test_offline_forbids_it_to_a_named_backend_too(foreign, monkeypatch):
         op(X, GLOBAL, backend="foreign")
     monkeypatch.setenv(probe.OFFLINE_VARIABLE, "0")
     op(X, GLOBAL, backend="foreign")
+
+
+def builds_for_k(call):
+    return "compile kernel k", call.input.shape[-1]
+
+
+def test_what_is_built_for_each_k_is_built_before_a_capture_or_not_at_all(foreign, monkeypatch):
+    calls = []
+    op = foreign(nvfp4_kv_quantize, lambda *a, **k: calls.append(1) or right(*a, **k), builds=builds_for_k)
+    other = X.repeat(1, 2)
+    op(X, GLOBAL, backend="foreign")
+    calls.clear()
+    pattern = r"nvfp4_kv_quantize, backend 'foreign': it might compile kernel k while .* for input bfloat16 \[4, 64\]"
+    with monkeypatch.context() as captured:
+        captured.setattr(capture, "capturing", lambda: True)
+        with pytest.raises(FirstUseInCapture, match=pattern):
+            op(other, GLOBAL, backend="foreign")
+        assert not calls
+        op(X[:2], GLOBAL, backend="foreign")  # another M is the same kernel
+    warmup(op.default, [{"input": other, "global_scale": GLOBAL, "backend": "foreign"}])
+    monkeypatch.setattr(capture, "capturing", lambda: True)
+    op(other, GLOBAL, backend="foreign")
+
+
+def test_a_call_that_failed_has_built_nothing(foreign, monkeypatch):
+    op = foreign(nvfp4_kv_quantize, raises, builds=builds_for_k)
+    probe._verdicts[op.name, "foreign", CPU, ""] = probe._PASSED
+    with pytest.raises(RuntimeError, match="no kernel image"):
+        op(X, GLOBAL, backend="foreign")
+    monkeypatch.setattr(capture, "capturing", lambda: True)
+    with pytest.raises(FirstUseInCapture, match="it might compile kernel k"):
+        op(X, GLOBAL, backend="foreign")
+
+
+def test_offline_forbids_what_is_yet_to_be_built_of_a_backend_that_has_run(foreign, monkeypatch):
+    op = foreign(nvfp4_kv_quantize, right, first_use=lambda device: "compile kernel k", builds=builds_for_k)
+    op(X, GLOBAL, backend="foreign")
+    monkeypatch.setenv(probe.OFFLINE_VARIABLE, "1")
+    op(X[:2], GLOBAL, backend="foreign")
+    reason = "a call like this one has not run yet and would compile kernel k, which TORCH_FP4OPS_OFFLINE forbids"
+    with pytest.raises(BackendUnavailable, match=reason):
+        op(X.repeat(1, 2), GLOBAL, backend="foreign")
 
 
 def test_explain_launches_nothing(foreign):

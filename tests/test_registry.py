@@ -174,6 +174,9 @@ def test_one_function_as_several_backends():
         def why_not(self, op, backend, call, *, named, launch):
             return None
 
+        def run(self, backend, call, args, kwargs):
+            return backend(*args, **kwargs)
+
     def named(x: Tensor, y: Tensor | None = None, times: int = 2, *, to_integer: bool = False, backend: str = "auto"):
         return x.float() + (1 if backend == "one" else 2)
 

@@ -11,13 +11,15 @@ import contextlib
 import os
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from .capture import refuse_first_use
 from .codecs import as_bytes
 from .contracts import Call
 from .registry import OPS, Op
@@ -28,6 +30,8 @@ __all__ = ["OFFLINE_VARIABLE", "Probed", "prepare", "probe"]
 OFFLINE_VARIABLE = "TORCH_FP4OPS_OFFLINE"
 _PASSED = ""
 _verdicts: dict[tuple[str, str, torch.device, str], str] = {}  # reason, or _PASSED
+_built: set[Hashable] = set()
+"""For what calls have run that had something built or fetched for them."""
 _lock = threading.RLock()
 
 
@@ -43,25 +47,46 @@ class Probed:
             on a sample of its own. None: there is one.
         differing: share of quantised bytes that may differ. With 1% a kernel that rounds otherwise at ties passes, one
             that does something else does not.
+        builds: what a call has to fetch or build even after the first one, and for what: where that is equal, so is
+            what was built. None for nothing. Such a call is refused in a capture unless one like it has run before.
     """
 
     first_use: Callable[[torch.device], str | None] = lambda device: None
     tolerance: float = 0.02
     part: Callable[[Call], str] | None = None
     differing: float = 0.01
+    builds: Callable[[Call], tuple[str, Hashable] | None] = lambda call: None
 
     def why_not(self, op: Op, backend: str, call: Call, *, named: bool, launch: bool) -> str | None:
         key = (op.name, backend, call.device, "" if self.part is None else self.part(call))
         verdict = _verdicts.get(key)
         if verdict is not None:
-            return verdict or None
+            return verdict or self._not_built_offline(call)
         return self._first_time(op, key, named) if launch else self._obstacle(call.device, named)
+
+    def run(self, backend: Callable[..., Any], call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        built = self.builds(call)
+        if built is None or built[1] in _built:
+            return backend(*args, **kwargs)
+        refuse_first_use(f"it might {built[0]}")
+        result = backend(*args, **kwargs)
+        _built.add(built[1])
+        return result
+
+    def _not_built_offline(self, call: Call) -> str | None:
+        """Why a call of a backend that has run before may not, where building is forbidden by now."""
+        if not _offline():
+            return None
+        work, built = self.first_use(call.device), self.builds(call)
+        if work is None or built is None or built[1] in _built:
+            return None
+        return f"a call like this one has not run yet and would {work}, which {OFFLINE_VARIABLE} forbids"
 
     def _obstacle(self, device: torch.device, named: bool) -> str | None:
         work = self.first_use(device)
         if work is None:
             return None
-        if os.environ.get(OFFLINE_VARIABLE, "") not in ("", "0"):
+        if _offline():
             return f"its first use would {work}, which {OFFLINE_VARIABLE} forbids"
         if not named:
             return f"its first use would {work}: naming the backend, or torch_fp4ops.probe.prepare, has that done"
@@ -84,8 +109,14 @@ class Probed:
             return _verdicts[key] or None
 
 
+def _offline() -> bool:
+    return os.environ.get(OFFLINE_VARIABLE, "") not in ("", "0")
+
+
 def prepare(op: Op | str, backend: str, device: torch.device | str = "cuda") -> str | None:
     """Do now what a foreign backend's first calls would: build, load and probe it. For before a capture.
+
+    What is built for a call's shapes is left to calls of these shapes: see ``torch_fp4ops.cuda_graphs.warmup``.
 
     Returns:
         Why the backend, or a part of it, may not run, None if all of it may (own backends always).

@@ -175,8 +175,12 @@ class Op(WithBackends):
         recording = recorder.get()
         if recording is not None:
             recording.add(call, decision)
+        backend = self._backends[decision.backend]
         try:
-            result = self._backends[decision.backend].run(*args, **kwargs)
+            if backend.trust is None:
+                result = backend.run(*args, **kwargs)
+            else:
+                result = backend.trust.run(backend.run, call, args, kwargs)
         except FirstUseInCapture as error:
             raise FirstUseInCapture(error.work, call, decision.backend) from None
         _written(getattr(call, name) for name in self._mutates)

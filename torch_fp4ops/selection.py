@@ -12,7 +12,7 @@ import contextlib
 import os
 import textwrap
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
@@ -61,6 +61,13 @@ class Trust(Protocol):
 
         ``named``: asked for by name, so what takes long (compiling) may happen now. ``launch``: what is not known yet
         may be found out by running the backend; otherwise it counts as right.
+        """
+
+    def run(self, backend: Callable[..., Any], call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the backend's function for a call that :meth:`why_not` has let pass.
+
+        Raises:
+            FirstUseInCapture: it would have to build something, and a CUDA graph is being captured.
         """
 
 

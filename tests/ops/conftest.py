@@ -36,6 +36,7 @@ def pretend(monkeypatch) -> Iterator[Callable[..., list[tuple[str, dict[str, Any
         # The real one raises ImportError where this version has none.
         monkeypatch.setattr(_flashinfer, "function", lambda name: stand_in(name, real(name), calls))
         monkeypatch.setattr(probe, "_verdicts", {})
+        monkeypatch.setattr(probe, "_built", set())
         forget()
         return calls
 

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from torch_fp4ops import OPS, BackendUnavailable, explain, probe
+from torch_fp4ops import OPS, BackendUnavailable, capture, explain, probe
+from torch_fp4ops.cuda_graphs import FirstUseInCapture
 from torch_fp4ops.ops import _flashinfer
 from torch_fp4ops.ops.cutlass_fused_moe import cutlass_fused_moe
 from torch_fp4ops.registry import Op
@@ -240,6 +241,85 @@ def test_what_is_not_built_is_said_and_not_set_off_by_auto(pretend, monkeypatch)
     monkeypatch.setenv(probe.OFFLINE_VARIABLE, "1")
     with pytest.raises(BackendUnavailable, match="would compile.*which TORCH_FP4OPS_OFFLINE forbids"):
         torch.ops.fp4.mm_fp4(*sample.args, backend="cutlass")
+
+
+def no_kernel_for_a_new_k_in_a_capture(name, backend, given, new, calls, monkeypatch, work):
+    """``given`` and ``new``: arguments. Also that a new M counts as new."""
+    op = OPS[name]
+    op(*given, backend=backend)
+    calls.clear()
+    for arguments in (new, [new[0][:2], *new[1:]]):
+        with monkeypatch.context() as captured:
+            captured.setattr(capture, "capturing", lambda: True)
+            op(*given, backend=backend)
+            assert calls
+            calls.clear()
+            shape = re.escape(str(list(arguments[0].shape)))
+            pattern = f"fp4.{name}, backend '{backend}': it might {work} while a CUDA .*, for .*{shape}.*warmup"
+            with pytest.raises(FirstUseInCapture, match=pattern):
+                op(*arguments, backend=backend)
+            assert not calls
+        op(*arguments, backend=backend)
+        monkeypatch.setenv(probe.OFFLINE_VARIABLE, "1")  # what has run is there
+        with monkeypatch.context() as captured:
+            captured.setattr(capture, "capturing", lambda: True)
+            op(*arguments, backend=backend)
+        monkeypatch.delenv(probe.OFFLINE_VARIABLE)
+        calls.clear()
+
+
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [
+        *(("fp4_quantize", "cute-dsl"), ("fp4_quantize", "flashinfer"), ("mxfp8_quantize", "cute-dsl")),
+        ("silu_and_mul_fp4_quantize", "flashinfer"),
+    ],
+)
+def test_a_capture_compiles_no_quantiser_for_a_new_k(name, backend, pretend, monkeypatch):
+    if not all(exists(kernel.function) for kernel in adapter_of(name).KERNELS.values()):
+        pytest.skip(f"this FlashInfer has no {name}")
+    calls = pretend(100)
+    scale = () if name == "mxfp8_quantize" else (torch.ones(1),)
+    given, new = ([values(0, 4, k), *scale] for k in (64, 128))
+    no_kernel_for_a_new_k_in_a_capture(name, backend, given, new, calls, monkeypatch, "compile a kernel with CuTe DSL")
+
+
+@pytest.mark.parametrize(
+    ("backend", "work"),
+    [
+        *(("cute-dsl", "compile a kernel with CuTe DSL"), ("cudnn", "build a cuDNN graph")),
+        ("flashinfer", "build what FlashInfer chooses for it"),
+    ],
+)
+def test_a_capture_builds_no_product_of_a_new_k(backend, work, pretend, monkeypatch):
+    if INSTALLED < (0, 7):
+        pytest.skip("which of them this FlashInfer has is tested elsewhere")
+    calls = pretend(100)
+
+    def product(k: int) -> list[torch.Tensor]:
+        (a, a_sf), (b, b_sf) = (torch.ops.fp4.fp4_quantize(values(0, n, k), torch.ones(1)) for n in (4, 32))
+        return [a, b.T, a_sf, b_sf.T, torch.ones(1)]
+
+    no_kernel_for_a_new_k_in_a_capture("mm_fp4", backend, product(64), product(128), calls, monkeypatch, work)
+
+
+def test_an_unbuilt_kernel_is_refused_offline_after_the_first_one(pretend, monkeypatch):
+    pretend(100)
+    torch.ops.fp4.fp4_quantize(values(0, 4, 64), torch.ones(1), backend="cute-dsl")
+    monkeypatch.setenv(probe.OFFLINE_VARIABLE, "1")
+    torch.ops.fp4.fp4_quantize(values(0, 4, 64), torch.ones(1), backend="cute-dsl")
+    with pytest.raises(BackendUnavailable, match="not run yet and would compile a kernel with CuTe DSL, which TORCH_"):
+        torch.ops.fp4.fp4_quantize(values(0, 4, 128), torch.ones(1), backend="cute-dsl")
+    torch.ops.fp4.fp4_quantize(values(0, 4, 128), torch.ones(1), backend="cuda")
+
+
+def test_a_capture_takes_any_shape_where_nothing_is_built_for_it(pretend, monkeypatch):
+    calls = pretend(100)
+    torch.ops.fp4.fp4_quantize(values(0, 4, 64), torch.ones(1), backend="cuda")
+    calls.clear()
+    monkeypatch.setattr(capture, "capturing", lambda: True)
+    torch.ops.fp4.fp4_quantize(values(0, 4, 128), torch.ones(1), backend="cuda")
+    assert calls
 
 
 def test_reasons_that_need_no_import(pretend, monkeypatch):

@@ -13,12 +13,13 @@ import importlib.metadata
 import importlib.util
 import inspect
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from ..contracts import Call
 from ..probe import Probed
@@ -172,14 +173,27 @@ class Kernel:
 
     def first_use(self, device: torch.device) -> str | None:
         """What the first call on the device has to build or fetch; None if all of it is there."""
-        if self.at_run_time is not None:
-            return self.at_run_time
-        if self.cubins and not has_package("flashinfer_cubin"):
-            return "download FlashInfer's cubins"
+        work = self._kernel_by_kernel()
+        if work is not None:
+            return work
         name = self.modules
         if isinstance(name, Mapping):
             name = name.get(capability_of(device))
         return None if name is None or _is_built(name) else f"compile FlashInfer's module {name}"
+
+    def builds(self, call: Call) -> tuple[str, Hashable] | None:
+        """What a call may have to build or fetch however often the kernel has run, and for what: of calls that are
+        equal in this only the first one does. None if all calls share what the first one of all has built."""
+        work = self._kernel_by_kernel()
+        if work is None and self.choice == "auto":
+            work = "build what FlashInfer chooses for it"  # a cuDNN graph, or a kernel with CuTe DSL
+        return None if work is None else (work, (self, _metadata(call)))
+
+    def _kernel_by_kernel(self) -> str | None:
+        """What is built or fetched for one kernel after the other, as calls need them."""
+        if self.at_run_time is not None:
+            return self.at_run_time
+        return "download FlashInfer's cubins" if self.cubins and not has_package("flashinfer_cubin") else None
 
 
 Pick = Callable[[int, "Call | None"], str]
@@ -210,7 +224,7 @@ def adapter(
 
     def register(run: Callable[..., Any]) -> Callable[..., Any]:
         for name, kernel in kernels.items():
-            trust = Probed(kernel.first_use, tolerance, part, differing)
+            trust = Probed(kernel.first_use, tolerance, part, differing, kernel.builds)
             op.backend(name, unsupported=_checks(kernel, name, unsupported), trust=trust, exact=exact)(run)
         if pick is not None:
             checks = {name: _checks(kernel, name, unsupported) for name, kernel in kernels.items()}
@@ -222,7 +236,10 @@ def adapter(
             def first_use(device: torch.device) -> str | None:
                 return kernels[pick(capability_of(device), None)].first_use(device)
 
-            trust = Probed(first_use, tolerance, part, differing)
+            def builds(call: Call) -> tuple[str, Hashable] | None:
+                return kernels[pick(capability_of(call.device), call)].builds(call)
+
+            trust = Probed(first_use, tolerance, part, differing, builds)
             op.backend("flashinfer", unsupported=unsupported_by_picked, trust=trust, exact=exact)(run)
         return run
 
@@ -231,6 +248,22 @@ def adapter(
 
 def _checks(kernel: Kernel, name: str, unsupported: Callable[[Call, str], str | None]) -> Callable[[Call], str | None]:
     return lambda call: kernel.why_not(call) or unsupported(call, name)
+
+
+def _metadata(call: Call) -> Hashable:
+    """All that FlashInfer can choose a kernel by.
+
+    What it compiles a kernel for is K, dtypes and layouts, for most products sizes that it tiles M and N by, for some
+    M and N themselves; the quantisers have another kernel from some M on. That differs by version and GPU, so
+    nothing of a call is left out but its data.
+    """
+
+    def of(given: Any) -> Hashable:
+        if isinstance(given, Tensor):
+            return given.dtype, given.shape
+        return tuple(map(of, given)) if isinstance(given, list) else given
+
+    return tuple(of(given) for name, given in call.__dict__.items() if name != "backend")
 
 
 @functools.cache
