@@ -61,16 +61,10 @@ def pack_halves(lo, hi, DTYPE: tl.constexpr):
         return (p.bits(lo) >> 16) | (p.bits(hi) & 0xFFFF0000)
 
 
-@tl.core.builtin
-def _compiles_for_cuda(_semantic=None):
-    """Whether the target that is compiled for, which need not be this machine's GPU, is NVIDIA's."""
-    return tl.constexpr(getattr(_semantic.builder.options, "backend_name", "") == "cuda")
-
-
 @triton.jit
 def wide_product(a, b):
     """Of 32 bits without a sign, or of any b >= 0, in 64."""
-    if not p.INTERPRETED and _compiles_for_cuda() and b.dtype == tl.int32:
+    if not p.INTERPRETED and p.cuda_capability() > 0 and b.dtype == tl.int32:
         # One instruction; b widened ahead of a loop, of which the compiler forgets what it was, makes it three.
         return tl.inline_asm_elementwise("mul.wide.u32 $0, $1, $2;", "=l,r,r", [a, b], tl.int64, True, 1)
     else:
@@ -80,7 +74,7 @@ def wide_product(a, b):
 @triton.jit
 def low_halves(a, b):
     """Words of the low halves of two."""
-    if not p.INTERPRETED and _compiles_for_cuda():
+    if not p.INTERPRETED and p.cuda_capability() > 0:
         return tl.inline_asm_elementwise("prmt.b32 $0, $1, $2, 0x5410;", "=r,r,r", [a, b], tl.uint32, True, 1)
     else:
         return (a & 0xFFFF) | (b << 16)
@@ -89,7 +83,7 @@ def low_halves(a, b):
 @triton.jit
 def high_halves(a, b):
     """Words of the high halves of two."""
-    if not p.INTERPRETED and _compiles_for_cuda():
+    if not p.INTERPRETED and p.cuda_capability() > 0:
         return tl.inline_asm_elementwise("prmt.b32 $0, $1, $2, 0x7632;", "=r,r,r", [a, b], tl.uint32, True, 1)
     else:
         return (a >> 16) | (b & 0xFFFF0000)
@@ -107,7 +101,7 @@ def multiply_halves(a, b, DTYPE: tl.constexpr):
     """Low and high values of the products of words' halves, float16 or bfloat16, which must be exact."""
     if p.INTERPRETED:
         return _products(a, b, DTYPE)
-    elif _compiles_for_cuda():
+    elif p.cuda_capability() > 0:
         # Left to itself the compiler also pairs values of different words, and then has to take them apart again.
         if DTYPE == tl.float16:
             return halves(tl.inline_asm_elementwise(_MULTIPLY_F16, "=r,r,r", [a, b], tl.uint32, True, 1), DTYPE)
@@ -137,7 +131,7 @@ def e2m1_pair(words, i: tl.constexpr, DTYPE: tl.constexpr):
 @triton.jit
 def e2m1_pairs(words, DTYPE: tl.constexpr):
     """All four of :func:`e2m1_pair`."""
-    if DTYPE == tl.bfloat16 and not p.INTERPRETED and _compiles_for_cuda():
+    if DTYPE == tl.bfloat16 and not p.INTERPRETED and p.cuda_capability() > 0:
         return tl.inline_asm_elementwise(_E2M1_TO_BF16, "=&r,=&r,=&r,=&r,r", [words], (tl.uint32,) * 4, True, 1)
     else:
         return (

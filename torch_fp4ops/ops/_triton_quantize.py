@@ -24,6 +24,7 @@ from torch import Tensor
 from .. import scale_layouts
 from ..formats import FORMATS, MXFP4, NVFP4, BlockFormat, fp4_format
 from . import _triton_activations as a
+from . import _triton_pack as pack
 from . import _triton_prims as p
 from . import _triton_tiles as t
 from ._triton_launch import (
@@ -138,11 +139,11 @@ def quantize_kernel(
             byte, multiplier = scales[i - 1]
             pairs = loaded[i - 1] if PAIRS else None
             if FORMAT == "mxfp8":
-                words = p.pack_e4m3(lo, hi, multiplier, pairs)
+                words = pack.e4m3(lo, hi, multiplier, pairs)
                 if not EVEN:
                     words = tl.where(tl.expand_dims(there, 1), words, 0)
             else:
-                words = p.pack_e2m1(lo, hi, multiplier, pairs)
+                words = pack.e2m1(lo, hi, multiplier, pairs)
             t.store_words(places + (i - 1) * words_out, words, None if EVEN else (row < rows) & (col < out_blocks))
             offset = t.scale_offset_ahead(scale_place, first, col, padded_cols, i - 1, LAYOUT, R)
             if EVEN:

@@ -20,6 +20,7 @@ from torch import Tensor
 from .. import scale_layouts
 from ..formats import MXFP4, NVFP4, BlockFormat
 from . import _triton_activations as a
+from . import _triton_pack as pack
 from . import _triton_prims as p
 from . import _triton_tiles as t
 from ._triton_launch import INTERPRETED, LAYOUT_CODES, AotCase, global_scale_form, launch, rows_of_units
@@ -108,7 +109,7 @@ def rms_norm_quantize_kernel(
                 byte, multiplier = p.nvfp4_scale(amax, encode, decode)
             else:
                 byte, multiplier = p.mxfp4_scale(amax)
-            codes = p.pack_e2m1(lo, hi, multiplier)
+            codes = pack.e2m1(lo, hi, multiplier)
             there = (row < rows) & (here < blocks)
             t.store_words(t.word_pointers(payload_ptr, row.to(tl.int64) * blocks + here, BLOCK // 8), codes, there)
             byte = tl.where(there, byte, 0).to(tl.uint8)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ...formats import BLOCKFP4, MXFP4, NVFP4, kv_format
 from .. import _kv
+from .. import _triton_pack as pack
 from .. import _triton_prims as p
 from .. import _triton_tiles as t
 from .._triton_launch import AotCase, launch, why_not
@@ -101,7 +102,7 @@ def _dequantize(
         if out_ptr.dtype.element_ty == tl.uint8:  # E4M3
             lo, hi = tl.split(tl.reshape(values, (T * C, 4, 2)))
             multiplier = tl.where(step != step, step, decode)
-            t.store_words(t.word_pointers(out_ptr, unit, 2), p.pack_e4m3(lo, hi, multiplier), written)
+            t.store_words(t.word_pointers(out_ptr, unit, 2), pack.e4m3(lo, hi, multiplier), written)
         else:
             values = p.round_to(values * tl.expand_dims(decode, 1), out_ptr.dtype.element_ty)
             place = unit[:, None] * 8 + tl.arange(0, 8)[None, :]

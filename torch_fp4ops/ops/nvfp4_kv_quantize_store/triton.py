@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ...formats import MXFP4, NVFP4, kv_format
 from .. import _kv
+from .. import _triton_pack as pack
 from .. import _triton_prims as p
 from .. import _triton_tiles as t
 from .._triton_launch import AotCase, launch, why_not
@@ -80,7 +81,7 @@ def _quantize_store(
             byte, multiplier = p.nvfp4_scale(amax, encode, decode)
         else:
             byte, multiplier = p.mxfp4_scale(amax)
-        words = p.pack_e2m1(lo, hi, multiplier, pairs)
+        words = pack.e2m1(lo, hi, multiplier, pairs)
         slot = places[n]
         kept = (slot >= 0) & (slot < slots)
         place = slot // PAGE_SIZE * page + slot % PAGE_SIZE * entry + h * head + part * (8 // STORE)
