@@ -15,6 +15,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import triton
@@ -154,45 +155,49 @@ def quantize_kernel(
             tl.store(scales_ptr + offset, byte.to(tl.uint8), mask=inside)
 
 
-# Steps a program, and how far ahead they are loaded, by the least number of elements of a call; fewer take one step, so
-# that more programs share the latency. Measured on an NVIDIA H200.
-_STEPS = {
-    "nvfp4": ((1 << 27, 4, 3), (1 << 24, 2, 2)),
-    "mxfp4": ((1 << 24, 4, 2),),
-    "mxfp8": ((1 << 24, 2, 2),),
+class _Cut(NamedTuple):
+    """For calls of at least so many elements."""
+
+    least: int
+    steps: int
+    ahead: int
+    split: int
+    """Threads a block: with 32 values each, the accesses of a warp lie far apart."""
+
+
+# Measured on an NVIDIA H200. Few elements take one step a program, so that more programs share the latency.
+_CUTS = {
+    "nvfp4": (_Cut(1 << 27, 4, 3, 1), _Cut(1 << 24, 2, 2, 1), _Cut(0, 1, 1, 1)),
+    "mxfp4": (_Cut(1 << 24, 4, 2, 1), _Cut(0, 1, 1, 2)),
+    "mxfp8": (_Cut(1 << 24, 2, 2, 2), _Cut(0, 1, 1, 2)),
 }
-_MANY_GATED = 1 << 24
-_TILE = 128  # threads
+# Twice the loads, and more arithmetic.
+_CUTS_OF_GATED = {
+    "nvfp4": (_Cut(1 << 24, 4, 3, 1), _Cut(1 << 22, 4, 2, 2), _Cut(0, 1, 1, 2)),
+    "mxfp4": (_Cut(1 << 24, 4, 3, 2), _Cut(1 << 22, 4, 2, 2), _Cut(0, 1, 1, 2)),
+}
+_THREADS = 128
 
 
 def tiling(fmt: BlockFormat, layout: str, rows: int, blocks: int, gated: bool = False) -> Tiling:
     """How a call is cut up."""
     if INTERPRETED:  # few programs, as each takes long
-        return Tiling(64, 16, ITERS=2, SPLIT=_split(fmt), AHEAD=2)
+        return Tiling(64, 16, ITERS=2, SPLIT=fmt.block_size // 16, AHEAD=2)
     return _tiling_on_gpu(fmt, layout, rows, blocks, gated)
 
 
-def _split(fmt: BlockFormat) -> int:
-    """Threads a block: with 32 values each, a warp's accesses lie so far apart that they take twice the time."""
-    return fmt.block_size // 16
-
-
 def _tiling_on_gpu(fmt: BlockFormat, layout: str, rows: int, blocks: int, gated: bool = False) -> Tiling:
-    elements = rows * blocks * fmt.block_size
-    split = _split(fmt)
-    steps, ahead = next((rest for least, *rest in _STEPS[fmt.name] if elements >= least), (1, 1))
-    if gated:  # twice the loads, and more arithmetic
-        split = split if elements >= _MANY_GATED else max(split, 2)
-        steps, ahead = (4, 3) if elements >= _MANY_GATED else (4, 2) if elements >= 1 << 22 else (1, 1)
-    threads = _TILE // split
+    cuts = (_CUTS_OF_GATED if gated else _CUTS)[fmt.name]
+    cut = next(cut for cut in cuts if rows * blocks * fmt.block_size >= cut.least)
+    threads = _THREADS // cut.split
     if layout != scale_layouts.LINEAR and blocks <= 16:
         columns = 8 if blocks <= 8 else 16
-        return Tiling(threads // columns, columns, steps, split, ahead)
+        return Tiling(threads // columns, columns, cut.steps, cut.split, cut.ahead)
     if layout == scale_layouts.LINEAR or (layout == scale_layouts.SWIZZLED_128X4 and rows < 128):
-        tile = Tiling(1, threads, SPLIT=split)  # of rows so few, those 32 apart are mostly padding
+        tile = Tiling(1, threads, SPLIT=cut.split)  # of rows so few, those 32 apart are mostly padding
     else:
-        tile = Tiling(4, threads // 4, SPLIT=split)
-    return tile._replace(ITERS=steps, AHEAD=ahead) if rows >= 128 else tile
+        tile = Tiling(4, threads // 4, SPLIT=cut.split)
+    return tile._replace(ITERS=cut.steps, AHEAD=cut.ahead) if rows >= 128 else tile
 
 
 def shipped_tilings(fmt: BlockFormat, layout: str, gated: bool = False) -> list[Tiling]:

@@ -27,13 +27,14 @@ def position(pid, col_tiles, i, LAYOUT: tl.constexpr, R: tl.constexpr, C: tl.con
     W: tl.constexpr = min(8, C)
     col = (pid % col_tiles) * C + n % W + n // (W * R) * W
     strip = n // W % R
-    row = first_row(pid, col_tiles, LAYOUT, R, ITERS) + i * row_step(LAYOUT, R)
+    step = pid // col_tiles * ITERS + i
     if LAYOUT == SWIZZLED_128X4:
         S: tl.constexpr = 128 // R
         tl.static_assert(S % ITERS == 0, "the steps of a program have neighbouring rows")
-        return row + strip * S, col.to(tl.int32), part
+        row = step // S * 128 + step % S + strip * S
     else:
-        return row + strip, col.to(tl.int32), part
+        row = step * R + strip
+    return row.to(tl.int32), col.to(tl.int32), part
 
 
 @triton.jit

@@ -112,7 +112,7 @@ def cutlass_fused_moe_triton(
     routing = route(token_selected_experts, first, experts, config.BM)
 
     def by_row(of_expert: Tensor) -> Tensor:
-        return of_expert[local_experts(token_selected_experts, first, experts)]
+        return of_expert.index_select(0, local_experts(token_selected_experts, first, experts))
 
     if input_sf is not None:
         sf_layout = scale_layouts.layout_from_flags(swizzled_input_sf, False)
