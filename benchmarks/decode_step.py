@@ -12,9 +12,6 @@ adds to calling its backend directly (``host_overhead.py``). The modes differ in
 * ``piecewise-direct``: a compilation of its own, replayed without Inductor's CUDA graph trees (``replay="direct"``);
 * ``graph``: the code of ``compiled``, captured as a whole by ``torch.cuda.graph``.
 
-With ``--static-inputs`` the tokens and positions stay where they are, as they have to for one graph of the whole step;
-without, pieces first copy them, a kernel more.
-
 A step's time is the mean over a loop that is synchronised before and after, the median of several loops. The kernels'
 own time is CUPTI's, of a profiled loop; ``outside`` is the rest of the step as a fraction, what launching costs.
 """
@@ -128,9 +125,7 @@ def make_model(weights: str, shape: decoder.Shape, device: str) -> decoder.Decod
     return model
 
 
-def measure(
-    weights: str, shape: decoder.Shape, batches: list[int], device: str, static_inputs: bool = False
-) -> Iterator[Row]:
+def measure(weights: str, shape: decoder.Shape, batches: list[int], device: str) -> Iterator[Row]:
     """The rows of a model; a mode that fails has its reason for a status, and the others go on."""
     model = make_model(weights, shape, device)
     pieces, direct = (
@@ -139,9 +134,6 @@ def measure(
     for batch in batches:
         given = step_inputs(batch, shape, device)
         decoder.mark_batch(*given)
-        if static_inputs:
-            for t in given:
-                torch._dynamo.mark_static_address(t, guard=False)
         for mode in MODES if device != "cpu" else MODES[:2]:
             # Inductor reads this at every call, so it is set around the loops and costs them nothing.
             no_graphs = mode in ("compiled", "graph")
@@ -196,7 +188,7 @@ def main(argv: list[str] | None = None) -> int:
         warnings.simplefilter("ignore")
         print(f"{'weights':13}{'mode':17}{'batch':>6}{'us a step':>11}{'tokens/s':>10}{'kernels us':>12}{'outside':>9}")
         for weights in options.weights:
-            for row in measure(weights, shape, options.batches, options.device, options.static_inputs):
+            for row in measure(weights, shape, options.batches, options.device):
                 backend = "" if weights == "bf16" else options.backend
                 add(replace(row, backend=backend))
                 _print(row)
@@ -230,7 +222,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--backend", default="auto", help="of the NVFP4 model's ops (default: auto)")
     parser.add_argument("--no-ops", action="store_true", help="leave out the eager calls of each op")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--static-inputs", action="store_true", help="tokens and positions are never moved")
     for name in SIZES:
         parser.add_argument(f"--{name.replace('_', '-')}", dest=name, type=int, metavar="N")
     return parser
