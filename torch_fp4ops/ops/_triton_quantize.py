@@ -77,8 +77,8 @@ def quantize_kernel(
     STEP: tl.constexpr = t.row_step(LAYOUT, R)
     pid = tl.program_id(0)
     first, col, part = t.position(pid, col_tiles, 0, LAYOUT, R, C, SPLIT, ITERS)
-    scale_place = t.scale_offset(first, col, padded_cols, LAYOUT)
     if not EVEN and t.first_row(pid, col_tiles, LAYOUT, R, ITERS) >= rows:  # nothing but padding
+        scale_place = t.scale_offset(first, col, padded_cols, LAYOUT)
         for i in tl.static_range(ITERS):
             offset = t.scale_offset_ahead(scale_place, first, col, padded_cols, i, LAYOUT, R)
             zero = tl.zeros_like(col).to(tl.uint8)
@@ -87,10 +87,7 @@ def quantize_kernel(
         return
     # A step differs from the one before by as much for all threads, which is less work than finding each anew.
     units = t.unit_pointers(x_ptr, first.to(tl.int64) * row_units + (col * SPLIT + part) * UNITS)
-    place = (first.to(tl.int64) * out_blocks + col) * SPLIT + part
-    places = t.word_pointers(payload_ptr, place, WORDS)
     words_in = row_units.to(tl.int64) * (4 * STEP)
-    words_out = out_blocks.to(tl.int64) * (STEP * SPLIT * WORDS)
     up = blocks * (SPLIT * UNITS * 4)
     loaded = ()
     loaded_ups = ()
@@ -103,6 +100,11 @@ def quantize_kernel(
     decode = encode
     if GLOBAL == 1:
         encode, decode = p.encode_decode(tl.load(global_scale_ptr + tl.arange(0, 1)), INVERSED)
+    # After the loads, which nothing is to hold up where a program has one step.
+    place = (first.to(tl.int64) * out_blocks + col) * SPLIT + part
+    places = t.word_pointers(payload_ptr, place, WORDS)
+    words_out = out_blocks.to(tl.int64) * (STEP * SPLIT * WORDS)
+    scale_place = t.scale_offset(first, col, padded_cols, LAYOUT)
     # While a step's values are packed, the scales of the next one are made: each alone would wait for itself.
     octets = ()
     scales = ()
@@ -168,7 +170,8 @@ class _Cut(NamedTuple):
 # Measured on an NVIDIA H200. Few elements take one step a program, so that more programs share the latency.
 _CUTS = {
     "nvfp4": (_Cut(1 << 27, 4, 3, 1), _Cut(1 << 24, 2, 2, 1), _Cut(0, 1, 1, 1)),
-    "mxfp4": (_Cut(1 << 24, 4, 2, 1), _Cut(0, 1, 1, 2)),
+    "mxfp4": (_Cut(1 << 24, 4, 2, 2), _Cut(0, 1, 1, 2)),
+    "mxfp4 linear": (_Cut(1 << 24, 4, 2, 1), _Cut(0, 1, 1, 2)),
     "mxfp8": (_Cut(1 << 24, 2, 2, 2), _Cut(0, 1, 1, 2)),
 }
 # Twice the loads, and more arithmetic.
@@ -188,6 +191,8 @@ def tiling(fmt: BlockFormat, layout: str, rows: int, blocks: int, gated: bool = 
 
 def _tiling_on_gpu(fmt: BlockFormat, layout: str, rows: int, blocks: int, gated: bool = False) -> Tiling:
     cuts = (_CUTS_OF_GATED if gated else _CUTS)[fmt.name]
+    if layout == scale_layouts.LINEAR and not gated:
+        cuts = _CUTS.get(f"{fmt.name} {layout}", cuts)
     cut = next(cut for cut in cuts if rows * blocks * fmt.block_size >= cut.least)
     threads = _THREADS // cut.split
     if layout != scale_layouts.LINEAR and blocks <= 16:
