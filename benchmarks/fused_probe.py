@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import os
 import sys
 import time
@@ -46,9 +47,9 @@ def norm(fmt: BlockFormat, gs: Tensor | None, weight: Tensor) -> Run:
 
 
 def silu_tilings(blocks: int) -> Iterator[Tiling]:
-    for threads in (64, 128, 256):
-        for iters in (1, 2, 4):
-            yield Tiling(4, threads // 4, iters)
+    for threads, iters, split in itertools.product((64, 128, 256), (1, 2, 4), (1, 2)):
+        for ahead in range(1, min(iters, 3) + 1):
+            yield Tiling(4, threads // 4 // split, iters, split, ahead)
 
 
 def norm_tilings(blocks: int) -> Iterator[rms.RowTiling]:

@@ -105,7 +105,7 @@ class Quantize:
             for threads in (64, 128, 256):
                 for iters in (1, 2, 4, 8):
                     for split in (1, 2) if self.dtype == torch.bfloat16 else (1,):
-                        for ahead in range(1, min(iters, 3 - split) + 1):
+                        for ahead in range(1, min(iters, 3) + 1):
                             yield Tiling(R, threads // R // split, iters, split, ahead)
 
     def shipped(self, m: int, k: int) -> Tiling:
