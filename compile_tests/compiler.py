@@ -30,15 +30,12 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 from triton.runtime.jit import JITFunction
 
-from .lowering import SharedLowering
-
-_SINCE_3_9 = (121,) if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9) else ()
-
-# Those of a generation follow each other: see _compile.
 TARGETS: dict[str, tuple[str, int | str, int]] = {
-    **{f"sm_{cc}": ("cuda", cc, 32) for cc in (80, 86, 89, 90, 100, 103, 120, *_SINCE_3_9)},
+    **{f"sm_{cc}": ("cuda", cc, 32) for cc in (80, 86, 89, 90, 100, 103, 120)},
     **{arch: ("hip", arch, 64) for arch in ("gfx942", "gfx950")},
 }
+if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9):
+    TARGETS["sm_121"] = ("cuda", 121, 32)
 
 TIMEOUT_S = 120
 
@@ -158,12 +155,9 @@ def compile_case(case: Any, target: str, listing: bool = False, keep: bool = Fal
     if case.max_registers is not None:
         options["maxnreg"] = case.max_registers
     log = io.StringIO()
-    knobs = triton.knobs
-    with knobs.compilation.scope(), knobs.nvidia.scope(), knobs.runtime.scope(), contextlib.redirect_stdout(log):
+    with triton.knobs.compilation.scope(), triton.knobs.nvidia.scope(), contextlib.redirect_stdout(log):
         triton.knobs.compilation.always_compile = True
         triton.knobs.nvidia.dump_ptxas_log = True
-        if share and not keep:
-            triton.knobs.runtime.add_stages_inspection_hook = _lowering.hook(target)
         with contextlib.nullcontext() if keep else _apart_from_cache():
             kernel = _compile(case, gpu, options, share and not keep)
     if gpu.backend == "cuda":
@@ -179,38 +173,29 @@ def _apart_from_cache() -> Iterator[None]:
         yield
 
 
-_lowering = SharedLowering()
-_last_ttgir: tuple[Any, bool, str] = (None, False, "")
+_last_ttgir: tuple[Any, str] = (None, "")
 
 
 def _compile(case: Any, gpu: Any, options: dict[str, Any], share: bool) -> Any:
     """Compile, from the TTGIR of the last case if that was this one for a target of the same generation.
 
-    Up to TTGIR such targets differ in nothing but their name; and most of the time goes there, as Triton's coalescing
-    takes the square of a kernel's operations. What does differ runs for each target: LLVM, the assembler, and, where
-    ``lowering`` knows no better, the lowering to LLVM. Tests compare both ways.
+    Up to TTGIR such targets differ in nothing but their name, except in matrix products; and most of the time goes
+    there, as Triton's coalescing takes the square of a kernel's operations. What does differ, the lowering to LLVM,
+    LLVM itself and the assembler, runs for each target. A test compares both ways.
     """
     global _last_ttgir
-    key, products, ttgir = _last_ttgir
-    if share and key == (case, options, _generation(gpu, products)):
+    blackwell = gpu.backend == "cuda" and gpu.arch >= 100  # which has other passes
+    key = (case, options, gpu.backend, blackwell)
+    if share and _last_ttgir[0] == key:
         with tempfile.TemporaryDirectory() as scratch:
             path = Path(scratch, f"{case.kernel.__name__}.ttgir")
             target = f'ttg.target = "{gpu.backend}:{gpu.arch}"'
-            path.write_text(re.sub(r'ttg\.target = "\w+:\w+"', target, ttgir))
+            path.write_text(re.sub(r'ttg\.target = "\w+:\w+"', target, _last_ttgir[1]))
             return triton.compile(str(path), target=gpu, options=options)
     kernel = triton.compile(_source(case), target=gpu, options=options)
-    products = "tt.dot" in kernel.asm.get("ttir", "tt.dot")  # Gluon has no TTIR
-    _last_ttgir = (case, options, _generation(gpu, products)), products, kernel.asm["ttgir"]
+    ttir = kernel.asm.get("ttir", "tt.dot")  # Gluon has none
+    _last_ttgir = (None, "") if "tt.dot" in ttir else (key, kernel.asm["ttgir"])
     return kernel
-
-
-def _generation(gpu: Any, products: bool) -> str:
-    """What targets share TTGIR's passes; and, for matrix products, the instructions that those choose."""
-    if gpu.backend == "hip":
-        return gpu.arch if products else "hip"
-    if products:
-        return f"{gpu.arch // 10}x"
-    return "from 100" if gpu.arch >= 100 else "before 100"
 
 
 def _source(case: Any) -> Any:

@@ -30,27 +30,6 @@ def test_compiles_to_matrix_instructions_without_spills(wanted, target):
     assert not faults(wanted, target, compile_apart(wanted.case, target))
 
 
-# Of each format the last for the targets that share TTGIR.
-SHARING = {
-    (wanted.case.constants["A_FORMAT"], wanted.targets): wanted.case
-    for wanted in matmul_cases()
-    if wanted.targets[0] in ("sm_80", "sm_100")
-}
-SHARING_PAIRS = [
-    pytest.param(case, *targets[:2], id=f"{case.name}-{targets[1]}") for (_, targets), case in SHARING.items()
-]
-
-
-@pytest.mark.parametrize(("case", "first", "target"), SHARING_PAIRS)
-def test_targets_of_a_generation_share_ttgir_without_a_difference(case, first, target):
-    compile_apart(case, first)
-    shared = compile_apart(case, target)
-    whole = compile_apart(case, target, share=False)
-    assert not shared.error
-    assert shared.assembly == whole.assembly
-    assert shared.registers == whole.registers
-
-
 def test_names_are_unique():
     names = [wanted.case.name for wanted in CASES]
     assert len(names) == len(set(names))

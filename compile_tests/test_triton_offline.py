@@ -39,14 +39,9 @@ def _steps(case):
 SHORTEST = {case.kernel: case for case in sorted(CASES, key=_steps, reverse=True)}.values()
 
 
-# Two targets of each generation; of kernels with matrix products fewer share theirs.
-GENERATIONS = (("sm_80", "sm_90"), ("sm_100", "sm_120"), ("gfx942", "gfx950"))
-OF_PRODUCTS = (("sm_80", "sm_89"), ("sm_100", "sm_103"))
-
-
 @pytest.mark.parametrize("case", SHORTEST, ids=lambda case: case.name)
 def test_targets_of_a_generation_share_ttgir_without_a_difference(case):
-    for first, target in OF_PRODUCTS if case.kernel.__name__ == "attend_kernel" else GENERATIONS:
+    for first, target in (("sm_80", "sm_90"), ("sm_100", "sm_120"), ("gfx942", "gfx950")):
         compile_apart(case, first)
         shared = compile_apart(case, target)
         whole = compile_apart(case, target, share=False)

@@ -141,10 +141,10 @@ def _load_weight(weight_ptr, col, blocks, UNITS: tl.constexpr):
 @triton.jit
 def _load_row(x_ptr, row, col, rows, row_units, blocks, UNITS: tl.constexpr, C: tl.constexpr, STEPS: tl.constexpr):
     words = ()
+    units = t.unit_pointers(x_ptr, row.to(tl.int64) * row_units + col * UNITS)
     for s in tl.static_range(STEPS):
         there = (row < rows) & (col + s * C < blocks)
-        units = t.unit_pointers(x_ptr, row.to(tl.int64) * row_units + (col + s * C) * UNITS)
-        words += (t.load_units(units, there, UNITS),)
+        words += (t.load_units(units + s * C * UNITS * 4, there, UNITS),)
     return words
 
 
