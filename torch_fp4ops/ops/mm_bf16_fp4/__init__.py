@@ -40,7 +40,7 @@ def _contract(call: Call) -> Out:
 
 _PREFERENCES = (
     _preferences.FLASHINFER,
-    _preferences.gluon(1.94, 0.99),
+    _preferences.gluon(2.01, 1.0),
     Preference(
         "triton",
         "cuda",
