@@ -184,8 +184,9 @@ def _compile(case: Any, gpu: Any, options: dict[str, Any], share: bool) -> Any:
     LLVM itself and the assembler, runs for each target. A test compares both ways.
     """
     global _last_ttgir
-    blackwell = gpu.backend == "cuda" and gpu.arch >= 100  # which has other passes
-    key = (case, options, gpu.backend, blackwell)
+    # Triton's passes change with 10.0, and kernels themselves with 8.6 (``cuda_capability``).
+    generation = 0 if gpu.backend == "hip" else (gpu.arch >= 86) + (gpu.arch >= 100)
+    key = (case, options, gpu.backend, generation)
     if share and _last_ttgir[0] == key:
         with tempfile.TemporaryDirectory() as scratch:
             path = Path(scratch, f"{case.kernel.__name__}.ttgir")

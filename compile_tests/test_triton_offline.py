@@ -41,7 +41,7 @@ SHORTEST = {case.kernel: case for case in sorted(CASES, key=_steps, reverse=True
 
 @pytest.mark.parametrize("case", SHORTEST, ids=lambda case: case.name)
 def test_targets_of_a_generation_share_ttgir_without_a_difference(case):
-    for first, target in (("sm_80", "sm_90"), ("sm_100", "sm_120"), ("gfx942", "gfx950")):
+    for first, target in (("sm_86", "sm_90"), ("sm_100", "sm_120"), ("gfx942", "gfx950")):
         compile_apart(case, first)
         shared = compile_apart(case, target)
         whole = compile_apart(case, target, share=False)
