@@ -11,6 +11,7 @@ import faulthandler
 import gc
 import importlib
 import io
+import itertools
 import multiprocessing
 import os
 import re
@@ -21,14 +22,16 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from multiprocessing.reduction import ForkingPickler
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+import triton.language as tl
+from triton.backends.compiler import GPUTarget, Language
+from triton.compiler import ASTSource, make_backend
 from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 from triton.runtime.jit import JITFunction
+
+from torch_fp4ops.ops import _triton_prims
 
 TARGETS: dict[str, tuple[str, int | str, int]] = {
     **{f"sm_{cc}": ("cuda", cc, 32) for cc in (80, 86, 89, 90, 100, 103, 120)},
@@ -117,8 +120,11 @@ def _serve(pipe: Any, other_end: Any) -> None:
     os.dup2(quiet, 1)
     os.dup2(quiet, 2)
     gc.freeze()  # there is much that torch has made, and no garbage in it
+    gc.disable()  # and little in what a case leaves
     with contextlib.suppress(EOFError):
-        while True:
+        for number in itertools.count(1):
+            if number % 100 == 0:
+                gc.collect()
             request = pipe.recv()
             before = sum(os.times()[:4])
             try:
@@ -159,10 +165,10 @@ def compile_case(case: Any, target: str, listing: bool = False, keep: bool = Fal
         triton.knobs.compilation.always_compile = True
         triton.knobs.nvidia.dump_ptxas_log = True
         with contextlib.nullcontext() if keep else _apart_from_cache():
-            kernel = _compile(case, gpu, options, share and not keep)
+            stages, shared = _compile(case, gpu, options, share and not keep)
     if gpu.backend == "cuda":
-        return _nvidia(kernel, log.getvalue(), listing)
-    return _amd(kernel)
+        return _nvidia(stages, shared, log.getvalue(), listing)
+    return _amd(stages, shared)
 
 
 @contextlib.contextmanager
@@ -173,30 +179,65 @@ def _apart_from_cache() -> Iterator[None]:
         yield
 
 
-_last_ttgir: tuple[Any, str] = (None, "")
+class _Last(NamedTuple):
+    """What the last case became in LLVM's language, for targets that give the same."""
+
+    key: Any
+    gpu: Any
+    traits: frozenset[str]
+    llir: str
+    shared: int
 
 
-def _compile(case: Any, gpu: Any, options: dict[str, Any], share: bool) -> Any:
-    """Compile, from the TTGIR of the last case if that was this one for a target of the same generation.
+_last = _Last(None, None, frozenset(), "", 0)
+_asked_for_capability = False
 
-    Up to TTGIR such targets differ in nothing but their name, except in matrix products; and most of the time goes
-    there, as Triton's coalescing takes the square of a kernel's operations. What does differ, the lowering to LLVM,
-    LLVM itself and the assembler, runs for each target. A test compares both ways.
+
+def _compile(case: Any, gpu: Any, options: dict[str, Any], share: bool) -> tuple[dict[str, Any], int]:
+    """What Triton makes of a case, by stage, and its bytes of shared memory.
+
+    NVIDIA's targets that get the same LLVM IR of a kernel share the way there, which takes most of the time; LLVM's
+    code for the target and the assembler run for each. A test compares both ways.
     """
-    global _last_ttgir
-    # Triton's passes change with 10.0, and kernels themselves with 8.6 (``cuda_capability``).
-    generation = 0 if gpu.backend == "hip" else (gpu.arch >= 86) + (gpu.arch >= 100)
-    key = (case, options, gpu.backend, generation)
-    if share and _last_ttgir[0] == key:
-        with tempfile.TemporaryDirectory() as scratch:
-            path = Path(scratch, f"{case.kernel.__name__}.ttgir")
-            target = f'ttg.target = "{gpu.backend}:{gpu.arch}"'
-            path.write_text(re.sub(r'ttg\.target = "\w+:\w+"', target, _last_ttgir[1]))
-            return triton.compile(str(path), target=gpu, options=options)
+    global _last, _asked_for_capability
+    if share and _last.key == (case, options) and _same_llir(gpu, _last.gpu, _last.traits):
+        backend = make_backend(gpu)
+        stages: dict[str, Any] = {}
+        backend.add_stages(stages, backend.parse_options(options), Language.TRITON)
+        ptx = stages["ptx"](_last.llir, {})
+        return {"ptx": ptx, "cubin": stages["cubin"](ptx, {})}, _last.shared
+    _asked_for_capability = False
     kernel = triton.compile(_source(case), target=gpu, options=options)
     ttir = kernel.asm.get("ttir", "tt.dot")  # Gluon has none
-    _last_ttgir = (None, "") if "tt.dot" in ttir else (key, kernel.asm["ttgir"])
-    return kernel
+    traits = {"dots"} if "tt.dot" in ttir else set()
+    if re.search(r'"tt\.reduce".*\n.*\n.*arith\.max\w*f ', ttir):
+        traits.add("maxima")
+    if _asked_for_capability:
+        traits.add("capability")
+    _last = _Last((case, options), gpu, frozenset(traits), kernel.asm["llir"], kernel.metadata.shared)
+    return kernel.asm, kernel.metadata.shared
+
+
+def _same_llir(a: Any, b: Any, traits: frozenset[str]) -> bool:
+    """Whether two targets get the same LLVM IR of a kernel with these traits."""
+    if a.backend == "hip" or b.backend == "hip":
+        return False
+    if "dots" in traits:
+        family = {86: 80, 89: 80, 103: 100}
+        return family.get(a.arch, a.arch) == family.get(b.arch, b.arch)
+    if "maxima" in traits and (a.arch == 100) != (b.arch == 100):  # across threads by one instruction there
+        return False
+    return "capability" not in traits or (a.arch >= 86) == (b.arch >= 86)
+
+
+@tl.core.builtin
+def _noted_capability(_semantic: Any = None) -> Any:
+    global _asked_for_capability
+    _asked_for_capability = True
+    return _cuda_capability(_semantic=_semantic)
+
+
+_cuda_capability, _triton_prims.cuda_capability = _triton_prims.cuda_capability, _noted_capability
 
 
 def _source(case: Any) -> Any:
@@ -208,11 +249,11 @@ def _source(case: Any) -> Any:
     return source_type(case.kernel, signature, case.constants, aligned)
 
 
-def _nvidia(kernel: Any, log: str, listing: bool) -> Compiled:
+def _nvidia(stages: dict[str, Any], shared: int, log: str, listing: bool) -> Compiled:
     sass = ""
     if listing:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as binary:
-            binary.write(kernel.asm["cubin"])
+            binary.write(stages["cubin"])
             binary.flush()
             disassemble = [triton.knobs.nvidia.cuobjdump.path, "-sass", binary.name]
             sass = subprocess.run(disassemble, capture_output=True, text=True).stdout
@@ -220,15 +261,15 @@ def _nvidia(kernel: Any, log: str, listing: bool) -> Compiled:
     return Compiled(
         registers=int(re.search(r"Used (\d+) registers", log)[1]),
         spilled_bytes=int(re.search(r"(\d+) bytes spill stores", log)[1]),
-        shared_bytes=kernel.metadata.shared,
+        shared_bytes=shared,
         instructions=Counter(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)", sass)),
-        assembly=kernel.asm["ptx"],
+        assembly=stages["ptx"],
     )
 
 
-def _amd(kernel: Any) -> Compiled:
-    assembly = kernel.asm["amdgcn"]
-    if not kernel.asm["hsaco"]:
+def _amd(stages: dict[str, Any], shared: int) -> Compiled:
+    assembly = stages["amdgcn"]
+    if not stages["hsaco"]:
         return Compiled(error="an empty hsaco")
 
     def number(name: str) -> int:
@@ -238,7 +279,7 @@ def _amd(kernel: Any) -> Compiled:
         registers=number("vgpr_count"),
         spilled_bytes=4 * (number("vgpr_spill_count") + number("sgpr_spill_count"))
         + number("private_segment_fixed_size"),
-        shared_bytes=kernel.metadata.shared,
+        shared_bytes=shared,
         instructions=Counter(re.findall(r"^\s+([vs]_\w+|global_\w+|buffer_\w+|ds_\w+)", assembly, re.M)),
         assembly=assembly,
     )

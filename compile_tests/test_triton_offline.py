@@ -12,7 +12,7 @@ triton = pytest.importorskip("triton", reason="needs Triton")
 
 from . import compiler  # noqa: E402
 from .compiler import compile_apart, compile_case  # noqa: E402
-from .offline import TARGETS, Wanted, aot_cases, faults  # noqa: E402
+from .offline import TARGETS, Wanted, aot_cases, faults, matmul_cases  # noqa: E402
 
 if triton.knobs.runtime.interpret:
     pytest.skip("nothing is compiled in Triton's interpreter", allow_module_level=True)
@@ -39,15 +39,25 @@ def _steps(case):
 SHORTEST = {case.kernel: case for case in sorted(CASES, key=_steps, reverse=True)}.values()
 
 
+# By the targets that come one after another: whether the second shares what the first one's compilation gave.
+@pytest.mark.parametrize(("first", "second"), [("sm_80", "sm_90"), ("sm_86", "sm_100"), ("sm_103", "sm_120")])
 @pytest.mark.parametrize("case", SHORTEST, ids=lambda case: case.name)
-def test_targets_of_a_generation_share_ttgir_without_a_difference(case):
-    for first, target in (("sm_86", "sm_90"), ("sm_100", "sm_120"), ("gfx942", "gfx950")):
-        compile_apart(case, first)
-        shared = compile_apart(case, target)
-        whole = compile_apart(case, target, share=False)
-        assert not shared.error
-        assert shared.assembly == whole.assembly, target
-        assert shared.registers == whole.registers, target
+def test_targets_share_llvm_ir_without_a_difference(case, first, second):
+    _compare_shared(case, first, second)
+
+
+@pytest.mark.parametrize(("first", "second"), [("sm_80", "sm_89"), ("sm_100", "sm_103")])
+def test_targets_share_llvm_ir_of_products_without_a_difference(first, second):
+    _compare_shared(next(wanted.case for wanted in matmul_cases() if first in wanted.targets), first, second)
+
+
+def _compare_shared(case, first, second):
+    compile_apart(case, first)
+    shared = compile_apart(case, second)
+    whole = compile_apart(case, second, share=False)
+    assert not shared.error
+    assert shared.assembly == whole.assembly
+    assert shared.registers == whole.registers
 
 
 @pytest.fixture

@@ -74,22 +74,25 @@ def rms_norm_quantize_kernel(
     if WEIGHT and C < 512:  # more threads have too few registers
         for s in tl.static_range(STEPS):
             weights += (_load_weight(weight_ptr, col + s * C, blocks, WEIGHT_UNITS),)
-    encode = tl.full((1,), 1.0, tl.float32)
-    decode = encode
+    one_scale = tl.full((1,), 1.0, tl.float32)
     if GLOBAL == 1:
-        encode, decode = p.encode_decode(tl.load(global_scale_ptr + tl.arange(0, 1)), INVERSED)
+        one_scale = tl.load(global_scale_ptr + tl.arange(0, 1))
     row = _first_rows(pid, LAYOUT, R, C, ITERS)
     words = _load_row(x_ptr, row, col, rows, row_units, blocks, UNITS, C, STEPS)
-    for i in tl.static_range(ITERS):
-        if i + 1 < ITERS:  # loaded before this step waits for its sum
-            next_row = row + t.row_step(LAYOUT, R)
-            next_words = _load_row(x_ptr, next_row, col, rows, row_units, blocks, UNITS, C, STEPS)
+    for i in tl.range(ITERS, num_stages=1):
+        # Loaded before this step waits for its sum.
+        next_row = row + t.row_step(LAYOUT, R)
+        rows_ahead = tl.where(i + 1 < ITERS, rows, 0)
+        next_words = _load_row(x_ptr, next_row, col, rows_ahead, row_units, blocks, UNITS, C, STEPS)
         octets = ()
         for s in tl.static_range(STEPS):
             octets += (p.to_octets(words[s], x_ptr.dtype.element_ty, None),)
         factor = _reciprocal_rms(octets, col, blocks, k, eps, R, C, STEPS)
         if GLOBAL == 2:
-            encode, decode = p.encode_decode(tl.load(global_scale_ptr + row, mask=row < rows, other=1.0), INVERSED)
+            global_scale = tl.load(global_scale_ptr + row, mask=row < rows, other=1.0)
+        else:
+            global_scale = one_scale
+        encode, decode = p.encode_decode(global_scale, INVERSED)
         for s in tl.static_range(STEPS):
             here = col + s * C
             lo, hi = octets[s]
@@ -115,9 +118,8 @@ def rms_norm_quantize_kernel(
             byte = tl.where(there, byte, 0).to(tl.uint8)
             offset = t.scale_offset(row, here, padded_cols, LAYOUT)
             tl.store(scales_ptr + offset, byte, mask=(row < padded_rows) & (here < padded_cols))
-        if i + 1 < ITERS:
-            row = next_row
-            words = next_words
+        row = next_row
+        words = next_words
 
 
 @triton.jit
