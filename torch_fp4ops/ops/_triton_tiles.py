@@ -15,15 +15,6 @@ SWIZZLED_8X4: tl.constexpr = tl.constexpr(2)
 
 
 @triton.jit
-def either(first, a, b):
-    """The tuple of scalars ``a``, or ``b`` where ``first`` is false: one body for two, which costs half as much to compile."""
-    chosen = ()
-    for i in tl.static_range(len(a)):
-        chosen += (tl.where(first, a[i], b[i]),)
-    return chosen
-
-
-@triton.jit
 def position(pid, col_tiles, i, LAYOUT: tl.constexpr, R: tl.constexpr, C: tl.constexpr, SPLIT: tl.constexpr, ITERS):
     """Row, block and part of a block of each thread in step i of a program; from step to step the row grows by
     :func:`row_step`, and nothing else changes."""

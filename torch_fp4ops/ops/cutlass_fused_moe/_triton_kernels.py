@@ -71,11 +71,6 @@ def _route_with_torch(expert_ids: Tensor, first_expert: int, experts: int, rows_
     return Routing(schedule.int(), order)
 
 
-def local_experts(expert_ids: Tensor, first_expert: int, experts: int) -> Tensor:
-    """Each routed row's local expert, some expert where it is foreign."""
-    return (expert_ids.reshape(-1).long() - first_expert).clamp(0, experts - 1)
-
-
 @triton.jit
 def _is_expert(ids_ptr, i, rows, first_expert, experts, E: tl.constexpr):
     """Which local expert each row has, as ones in ``[rows, E]``; foreign ones have none."""
@@ -128,6 +123,43 @@ def route_kernel(
         tl.store(order_ptr + place, row.to(tl.int64), mask=tl.sum(one, 1) > 0)
         starts += tl.sum(one, 0)
         done += CHUNK
+
+
+# Global scales of the activations
+
+
+@triton.jit
+def _scale_by_row(scales_ptr, out_ptr, row, there, expert):
+    if scales_ptr is not None:
+        tl.store(out_ptr + row, tl.load(scales_ptr + expert), mask=there)
+
+
+@triton.jit(do_not_specialize=["rows", "first_expert", "experts"])
+def scales_by_row_kernel(
+    ids_ptr, fc1_ptr, fc2_ptr, fc1_out_ptr, fc2_out_ptr, rows, first_expert, experts, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    there = row < rows
+    expert = tl.load(ids_ptr + row, mask=there, other=0).to(tl.int64) - first_expert
+    expert = tl.where((expert >= 0) & (expert < experts), expert, 0)  # foreign rows are not multiplied
+    _scale_by_row(fc1_ptr, fc1_out_ptr, row, there, expert)
+    _scale_by_row(fc2_ptr, fc2_out_ptr, row, there, expert)
+
+
+def scales_by_row(
+    expert_ids: Tensor, first_expert: int, experts: int, fc1: Tensor | None, fc2: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Each routed row's scale where there is one for each expert; one that all share stays that one, and None None."""
+    given = [None if scale is None or scale.numel() == 1 else scale.contiguous() for scale in (fc1, fc2)]
+    by_row = [None if scale is None else scale.new_empty(expert_ids.numel()) for scale in given]
+    if any(scale is not None for scale in given):
+        rows, block = expert_ids.numel(), 256
+        sizes = (rows, first_expert, experts)
+        grid = (triton.cdiv(rows, block),)
+        ids = expert_ids.contiguous()
+        launch(scales_by_row_kernel, grid, 128, ids.device, ids, *given, *by_row, *sizes, BLOCK=block)
+    fc1, fc2 = (one if many is None else many for one, many in zip((fc1, fc2), by_row, strict=True))
+    return fc1, fc2
 
 
 # The activation. Minima and maxima are comparisons that let NaN pass, as torch's do.
@@ -291,6 +323,11 @@ def aot_cases() -> Iterator[AotCase]:
     yield AotCase("moe-swiglu", swiglu_kernel, signature, {**constants, **dict.fromkeys(parameters)}, 128)
     signature |= dict.fromkeys(parameters, "*fp32")
     yield AotCase("moe-swiglu-parameters", swiglu_kernel, signature, constants, 128)
+    scales = ("fc1_ptr", "fc1_out_ptr", "fc2_ptr", "fc2_out_ptr")
+    for none in (0, 2):  # the first ones are one for all experts
+        signature = {**ids, "rows": "i32", **dict.fromkeys(scales[none:], "*fp32")}
+        constants = {"BLOCK": 256, **dict.fromkeys(scales[:none])}
+        yield AotCase(f"moe-scales-{none}", scales_by_row_kernel, signature, constants, 128)
     for experts in (32, 128, 256):
         signature = {**ids, "order_ptr": "*i64", "schedule_ptr": "*i32"}
         signature |= dict.fromkeys(("rows", "tiles", "rows_a_tile"), "i32")

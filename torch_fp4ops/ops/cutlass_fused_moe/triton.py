@@ -6,7 +6,7 @@ summed in a fixed order. Nothing synchronises and sizes depend on shapes alone, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -19,18 +19,17 @@ from .._triton_gemm_launch import (
     PLAIN,
     Config,
     Grouping,
-    MatmulCase,
     Operand,
     architecture,
     configuration,
     matmul,
-    matmul_cases,
     multiplied_as,
 )
+from .._triton_gemm_offline import MatmulCase, matmul_cases
 from .._triton_launch import why_not
 from .._triton_quantize import quantize_rows
 from . import _modes, cutlass_fused_moe
-from ._triton_kernels import Routing, combine, local_experts, route, swiglu
+from ._triton_kernels import Routing, combine, route, scales_by_row, swiglu
 
 _SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 _SWIGLU_STEP = 7
@@ -111,14 +110,13 @@ def cutlass_fused_moe_triton(
     first = ep_rank * experts
     routing = route(token_selected_experts, first, experts, config.BM)
 
-    def by_row(of_expert: Tensor) -> Tensor:
-        return of_expert.index_select(0, local_experts(token_selected_experts, first, experts))
-
+    encode = (scales.get("fc1_act_global"), scales.get("fc2_act_global"))
+    fc1_encode, fc2_encode = scales_by_row(token_selected_experts, first, experts, *encode)
     if input_sf is not None:
         sf_layout = scale_layouts.layout_from_flags(swizzled_input_sf, False)
         x, share = Operand.of(mode.activations, input, input_sf, sf_layout), top_k
     else:
-        x, share = _activations(input, mode.activations, scales.get("fc1_act_global"), by_row, top_k)
+        x, share = _activations(input, mode.activations, fc1_encode, top_k)
     up_gate = input.new_empty((rows, fc1.elements.shape[1]), dtype=torch.float32)
     if activation_type not in _SWIGLU:
         up_gate.zero_()  # torch's functions see the rows of foreign experts too
@@ -131,7 +129,7 @@ def cutlass_fused_moe_triton(
     else:  # these have no parameters
         activated = _modes.activate(activation_type, up_gate, None, None, None).to(between)
     del up_gate
-    h, _ = _activations(activated, mode.activations, scales.get("fc2_act_global"), by_row, 1)
+    h, _ = _activations(activated, mode.activations, fc2_encode, 1)
     bias = fc2_expert_biases if tp_rank == 0 else None
     y = input.new_empty((rows, hidden), dtype=torch.float32)
     _grouped(h, fc2, routing, 1, scales.get("fc2_global"), bias, config, y)
@@ -145,19 +143,13 @@ def _weights(weights: Tensor, scales: Tensor | None, fmt: BlockFormat | None, la
     return Operand.of(fmt, _modes.packed(weights), _modes.scale_bytes(scales), layout)
 
 
-def _activations(
-    x: Tensor, fmt: BlockFormat | None, encode: Tensor | None, by_row: Callable[[Tensor], Tensor], top_k: int
-) -> tuple[Operand, int]:
+def _activations(x: Tensor, fmt: BlockFormat | None, encode: Tensor | None, top_k: int) -> tuple[Operand, int]:
     """Rows as the product takes them, quantised where the mode says so, and how many routed rows share each."""
     if fmt is None:
         return Operand(x), top_k
-    if encode is not None:
-        encode = encode.reshape(-1)
-        if encode.numel() > 1:  # an expert's own scale: each routed row is quantised for itself
-            encode = by_row(encode)
-            if top_k > 1:
-                x = x.repeat_interleave(top_k, 0)
-                top_k = 1
+    if encode is not None and encode.numel() > 1 and top_k > 1:  # routed rows are quantised each for itself
+        x = x.repeat_interleave(top_k, 0)
+        top_k = 1
     codes = x.new_empty((x.shape[0], x.shape[1] // fmt.elements_per_byte), dtype=torch.uint8)
     scales = x.new_empty((x.shape[0], x.shape[1] // fmt.block_size), dtype=torch.uint8)
     quantize_rows(x, fmt, scale_layouts.LINEAR, encode, False, codes, scales)

@@ -28,6 +28,87 @@ _SIZES = ["tokens", "pages", "table_row", "heads", "col_tiles", "row_tiles"]
 _STRIDES = ["page", "entry", "head", "sf_page", "sf_entry", "sf_head"]
 
 
+@triton.jit
+def _dequantize(
+    cache_ptr,
+    sf_ptr,
+    table_ptr,
+    length_ptr,
+    scale_ptr,
+    out_ptr,
+    tokens,
+    pages,
+    table_row,
+    heads,
+    col_tiles,
+    row_tiles,
+    strides,
+    FORMAT: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    WORDS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    T: tl.constexpr,
+    C: tl.constexpr,
+    ITERS: tl.constexpr,
+):
+    page_stride, entry_stride, head_stride, sf_page, sf_entry, sf_head = strides
+    PER_SCALE: tl.constexpr = 4 if FORMAT == "mxfp4" else 2  # words
+    i = tl.arange(0, T * C)
+    pid = tl.program_id(0)
+    sequence = (pid // col_tiles // row_tiles).to(tl.int64)
+    first = pid // col_tiles % row_tiles * (T * ITERS) + i // C
+    col = pid % col_tiles * C + i % C
+    h = col // WORDS
+    word = col % WORDS
+    length = tl.minimum(tl.load(length_ptr + sequence), tokens)
+    table_ptr += sequence * table_row
+    # All loads come before the first store, past which the compiler moves none.
+    words = ()
+    steps = ()
+    for n in tl.static_range(ITERS):
+        token = first + n * T
+        there = (token < length) & (h < heads)
+        page = tl.load(table_ptr + token // PAGE_SIZE, mask=there, other=-1)
+        there = there & (page >= 0) & (page < pages)
+        page = page.to(tl.int64)
+        entry = (token % PAGE_SIZE).to(tl.int64)
+        row = page * page_stride + entry * entry_stride + h.to(tl.int64) * head_stride
+        if ALIGNED == 4:
+            words += (t.load_narrow(cache_ptr, row + word, there, 4),)
+        else:
+            whole = tl.zeros((T * C,), tl.uint32)
+            for byte in tl.static_range(4):
+                part = tl.load(cache_ptr + row + word * 4 + byte, mask=there, other=0)
+                whole |= part.to(tl.uint32) << (8 * byte)
+            words += (tl.expand_dims(whole, 1),)
+        sf_row = page * sf_page + entry * sf_entry + h.to(tl.int64) * sf_head
+        # Where no token is, the code and the scale's value are zero.
+        steps += (tl.load(sf_ptr + sf_row + word // PER_SCALE, mask=there, other=0),)
+    decode = tl.full((1,), 1.0, tl.float32)
+    if scale_ptr is not None:
+        decode = tl.load(scale_ptr + tl.arange(0, 1))
+
+    for n in tl.static_range(ITERS):
+        token = first + n * T
+        values = p.decode_e2m1_word(words[n], 8)
+        byte = steps[n].to(tl.uint32)
+        if FORMAT == "nvfp4":
+            step = p.decode_e4m3(byte)
+        else:
+            step = p.decode_ue8m0(byte)
+        values = values * tl.expand_dims(step, 1)
+        written = (token < tokens) & (h < heads)
+        unit = ((sequence * tokens + token) * heads + h) * WORDS + word
+        if out_ptr.dtype.element_ty == tl.uint8:  # E4M3
+            lo, hi = tl.split(tl.reshape(values, (T * C, 4, 2)))
+            multiplier = tl.where(step != step, step, decode)
+            t.store_words(t.word_pointers(out_ptr, unit, 2), pack.e4m3(lo, hi, multiplier), written)
+        else:
+            values = p.round_to(values * tl.expand_dims(decode, 1), out_ptr.dtype.element_ty)
+            place = unit[:, None] * 8 + tl.arange(0, 8)[None, :]
+            tl.store(out_ptr + place, values, mask=written[:, None])
+
+
 @triton.jit(do_not_specialize=[*_SIZES, *(f"{kv}_{s}" for kv in "kv" for s in _STRIDES)])
 def dequantize_paged_kernel(
     k_cache_ptr,
@@ -67,65 +148,16 @@ def dequantize_paged_kernel(
     ITERS: tl.constexpr,
 ):
     """ITERS times T tokens by C words a program; program_id(1) is 0 for keys, 1 for values."""
-    PER_SCALE: tl.constexpr = 4 if FORMAT == "mxfp4" else 2  # words
-    keys = tl.program_id(1) == 0
-    cache_ptr, sf_ptr, out_ptr = t.either(keys, (k_cache_ptr, k_sf_ptr, keys_ptr), (v_cache_ptr, v_sf_ptr, values_ptr))
-    page_stride, entry_stride, head_stride = t.either(keys, (k_page, k_entry, k_head), (v_page, v_entry, v_head))
-    sf_page, sf_entry, sf_head = t.either(keys, (k_sf_page, k_sf_entry, k_sf_head), (v_sf_page, v_sf_entry, v_sf_head))
-    i = tl.arange(0, T * C)
-    pid = tl.program_id(0)
-    sequence = (pid // col_tiles // row_tiles).to(tl.int64)
-    first = pid // col_tiles % row_tiles * (T * ITERS) + i // C
-    col = pid % col_tiles * C + i % C
-    h = col // WORDS
-    word = col % WORDS
-    length = tl.minimum(tl.load(length_ptr + sequence), tokens)
-    table_ptr += sequence * table_row
-    # All loads come before the first store, past which the compiler moves none.
-    words = ()
-    steps = ()
-    for n in tl.static_range(ITERS):
-        token = first + n * T
-        there = (token < length) & (h < heads)
-        page = tl.load(table_ptr + token // PAGE_SIZE, mask=there, other=-1)
-        there = there & (page >= 0) & (page < pages)
-        page = page.to(tl.int64)
-        entry = (token % PAGE_SIZE).to(tl.int64)
-        row = page * page_stride + entry * entry_stride + h.to(tl.int64) * head_stride
-        if ALIGNED == 4:
-            words += (t.load_narrow(cache_ptr, row + word, there, 4),)
-        else:
-            whole = tl.zeros((T * C,), tl.uint32)
-            for byte in tl.static_range(4):
-                part = tl.load(cache_ptr + row + word * 4 + byte, mask=there, other=0)
-                whole |= part.to(tl.uint32) << (8 * byte)
-            words += (tl.expand_dims(whole, 1),)
-        sf_row = page * sf_page + entry * sf_entry + h.to(tl.int64) * sf_head
-        # Where no token is, the code and the scale's value are zero.
-        steps += (tl.load(sf_ptr + sf_row + word // PER_SCALE, mask=there, other=0),)
-    decode = tl.full((1,), 1.0, tl.float32)
-    if k_scale_ptr is not None:
-        decode = tl.load(tl.where(keys, k_scale_ptr, v_scale_ptr) + tl.arange(0, 1))
-
-    for n in tl.static_range(ITERS):
-        token = first + n * T
-        values = p.decode_e2m1_word(words[n], 8)
-        byte = steps[n].to(tl.uint32)
-        if FORMAT == "nvfp4":
-            step = p.decode_e4m3(byte)
-        else:
-            step = p.decode_ue8m0(byte)
-        values = values * tl.expand_dims(step, 1)
-        written = (token < tokens) & (h < heads)
-        unit = ((sequence * tokens + token) * heads + h) * WORDS + word
-        if out_ptr.dtype.element_ty == tl.uint8:  # E4M3
-            lo, hi = tl.split(tl.reshape(values, (T * C, 4, 2)))
-            multiplier = tl.where(step != step, step, decode)
-            t.store_words(t.word_pointers(out_ptr, unit, 2), pack.e4m3(lo, hi, multiplier), written)
-        else:
-            values = p.round_to(values * tl.expand_dims(decode, 1), out_ptr.dtype.element_ty)
-            place = unit[:, None] * 8 + tl.arange(0, 8)[None, :]
-            tl.store(out_ptr + place, values, mask=written[:, None])
+    k_strides = (k_page, k_entry, k_head, k_sf_page, k_sf_entry, k_sf_head)
+    v_strides = (v_page, v_entry, v_head, v_sf_page, v_sf_entry, v_sf_head)
+    # fmt: off
+    if tl.program_id(1) == 0:
+        _dequantize(k_cache_ptr, k_sf_ptr, table_ptr, length_ptr, k_scale_ptr, keys_ptr, tokens, pages, table_row,
+                    heads, col_tiles, row_tiles, k_strides, FORMAT, PAGE_SIZE, WORDS, ALIGNED, T, C, ITERS)
+    else:
+        _dequantize(v_cache_ptr, v_sf_ptr, table_ptr, length_ptr, v_scale_ptr, values_ptr, tokens, pages, table_row,
+                    heads, col_tiles, row_tiles, v_strides, FORMAT, PAGE_SIZE, WORDS, ALIGNED, T, C, ITERS)
+    # fmt: on
 
 
 @nvfp4_kv_dequantize_paged.backend("triton", unsupported=why_not, replayable=True)

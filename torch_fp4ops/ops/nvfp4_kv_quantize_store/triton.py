@@ -28,6 +28,68 @@ _SIZES = ["n", "slots", "heads", "col_tiles"]
 _STRIDES = ["x_row", "x_head", "page", "entry", "head", "sf_page", "sf_entry", "sf_head"]
 
 
+@triton.jit
+def _quantize_store(
+    x_ptr,
+    slot_ptr,
+    cache_ptr,
+    sf_ptr,
+    scale_ptr,
+    n_rows,
+    slots,
+    heads,
+    col_tiles,
+    strides,
+    FORMAT: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    STORE: tl.constexpr,
+    T: tl.constexpr,
+    C: tl.constexpr,
+    ITERS: tl.constexpr,
+):
+    SPLIT: tl.constexpr = 2 if FORMAT == "mxfp4" else 1  # threads a block
+    x_row, x_head, page, entry, head, sf_page, sf_entry, sf_head = strides
+    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    UNITS: tl.constexpr = DTYPE.primitive_bitwidth // 8
+    i = tl.arange(0, T * C)
+    pid = tl.program_id(0)
+    first = pid // col_tiles * (T * ITERS) + i // C
+    col = pid % col_tiles * C + i % C
+    h = col // (BLOCKS * SPLIT)
+    part = col % (BLOCKS * SPLIT)  # 16 values each
+    # All loads come before the first store, past which the compiler moves none.
+    loaded = ()
+    places = ()
+    for n in tl.static_range(ITERS):
+        row = first + n * T
+        there = (row < n_rows) & (h < heads)
+        unit = row.to(tl.int64) * x_row + h.to(tl.int64) * x_head + part * UNITS
+        loaded += (t.load_units(t.unit_pointers(x_ptr, unit), there, UNITS),)
+        places += (tl.load(slot_ptr + row, mask=there, other=-1).to(tl.int64),)
+    h = h.to(tl.int64)
+    for n in tl.static_range(ITERS):
+        lo, hi = p.to_octets(loaded[n], DTYPE, None)
+        if DTYPE.primitive_bitwidth == 16:
+            pairs = loaded[n]
+            amax = p.block_amax_of_pairs(pairs, lo, hi, DTYPE, SPLIT)
+        else:
+            pairs = None
+            amax = p.block_amax(lo, hi, SPLIT)
+        if FORMAT == "nvfp4":
+            encode, decode = p.encode_decode(tl.load(scale_ptr), True)
+            byte, multiplier = p.nvfp4_scale(amax, encode, decode)
+        else:
+            byte, multiplier = p.mxfp4_scale(amax)
+        words = pack.e2m1(lo, hi, multiplier, pairs)
+        slot = places[n]
+        kept = (slot >= 0) & (slot < slots)
+        place = slot // PAGE_SIZE * page + slot % PAGE_SIZE * entry + h * head + part * (8 // STORE)
+        t.store_eight_bytes(cache_ptr, place, words, kept, STORE)
+        place = slot // PAGE_SIZE * sf_page + slot % PAGE_SIZE * sf_entry + h * sf_head + part // SPLIT
+        tl.store(sf_ptr + place, byte.to(tl.uint8), mask=kept & (part % SPLIT == 0))
+
+
 @triton.jit(do_not_specialize=[*_SIZES, *(f"{kv}_{s}" for kv in "kv" for s in _STRIDES)])
 def quantize_store_kernel(
     key_ptr,
@@ -68,51 +130,16 @@ def quantize_store_kernel(
     ITERS: tl.constexpr,
 ):
     """ITERS times T rows by C sixteens of values a program; program_id(1) is 0 for keys, 1 for values."""
-    SPLIT: tl.constexpr = 2 if FORMAT == "mxfp4" else 1  # threads a block
-    DTYPE: tl.constexpr = key_ptr.dtype.element_ty
-    UNITS: tl.constexpr = DTYPE.primitive_bitwidth // 8
-    keys = tl.program_id(1) == 0
-    x_ptr, cache_ptr, sf_ptr = t.either(keys, (key_ptr, k_cache_ptr, k_sf_ptr), (value_ptr, v_cache_ptr, v_sf_ptr))
-    x_row, x_head = t.either(keys, (k_x_row, k_x_head), (v_x_row, v_x_head))
-    page, entry, head = t.either(keys, (k_page, k_entry, k_head), (v_page, v_entry, v_head))
-    sf_page, sf_entry, sf_head = t.either(keys, (k_sf_page, k_sf_entry, k_sf_head), (v_sf_page, v_sf_entry, v_sf_head))
-    if FORMAT == "nvfp4":
-        encode, decode = p.encode_decode(tl.load(tl.where(keys, k_scale_ptr, v_scale_ptr)), True)
-    i = tl.arange(0, T * C)
-    pid = tl.program_id(0)
-    first = pid // col_tiles * (T * ITERS) + i // C
-    col = pid % col_tiles * C + i % C
-    h = col // (BLOCKS * SPLIT)
-    part = col % (BLOCKS * SPLIT)  # 16 values each
-    # All loads come before the first store, past which the compiler moves none.
-    loaded = ()
-    places = ()
-    for j in tl.static_range(ITERS):
-        row = first + j * T
-        there = (row < n) & (h < heads)
-        unit = row.to(tl.int64) * x_row + h.to(tl.int64) * x_head + part * UNITS
-        loaded += (t.load_units(t.unit_pointers(x_ptr, unit), there, UNITS),)
-        places += (tl.load(slot_ptr + row, mask=there, other=-1).to(tl.int64),)
-    h = h.to(tl.int64)
-    for j in tl.static_range(ITERS):
-        lo, hi = p.to_octets(loaded[j], DTYPE, None)
-        if DTYPE.primitive_bitwidth == 16:
-            pairs = loaded[j]
-            amax = p.block_amax_of_pairs(pairs, lo, hi, DTYPE, SPLIT)
-        else:
-            pairs = None
-            amax = p.block_amax(lo, hi, SPLIT)
-        if FORMAT == "nvfp4":
-            byte, multiplier = p.nvfp4_scale(amax, encode, decode)
-        else:
-            byte, multiplier = p.mxfp4_scale(amax)
-        words = pack.e2m1(lo, hi, multiplier, pairs)
-        slot = places[j]
-        kept = (slot >= 0) & (slot < slots)
-        place = slot // PAGE_SIZE * page + slot % PAGE_SIZE * entry + h * head + part * (8 // STORE)
-        t.store_eight_bytes(cache_ptr, place, words, kept, STORE)
-        place = slot // PAGE_SIZE * sf_page + slot % PAGE_SIZE * sf_entry + h * sf_head + part // SPLIT
-        tl.store(sf_ptr + place, byte.to(tl.uint8), mask=kept & (part % SPLIT == 0))
+    k_strides = (k_x_row, k_x_head, k_page, k_entry, k_head, k_sf_page, k_sf_entry, k_sf_head)
+    v_strides = (v_x_row, v_x_head, v_page, v_entry, v_head, v_sf_page, v_sf_entry, v_sf_head)
+    # fmt: off
+    if tl.program_id(1) == 0:
+        _quantize_store(key_ptr, slot_ptr, k_cache_ptr, k_sf_ptr, k_scale_ptr, n, slots, heads, col_tiles,
+                        k_strides, FORMAT, PAGE_SIZE, BLOCKS, STORE, T, C, ITERS)
+    else:
+        _quantize_store(value_ptr, slot_ptr, v_cache_ptr, v_sf_ptr, v_scale_ptr, n, slots, heads, col_tiles,
+                        v_strides, FORMAT, PAGE_SIZE, BLOCKS, STORE, T, C, ITERS)
+    # fmt: on
 
 
 def _new_rows(x: Tensor, n: int) -> tuple[Tensor, int, int]:
