@@ -35,6 +35,7 @@ from torch_fp4ops.block_quantization import dequantize_blocks
 from torch_fp4ops.formats import MXFP4, MXFP8, NVFP4, BlockFormat
 from torch_fp4ops.ops import _triton_gemm_launch as launch
 from torch_fp4ops.ops._triton_gemm_launch import Config, Operand
+from torch_fp4ops.ops._triton_gemm_offline import Call, Product, aot_case
 from torch_fp4ops.testing import assert_matmul_close, assert_right, samples
 
 SHAPES = ((4096, 4096), (28672, 8192), (8192, 28672), (7168, 2048))
@@ -296,17 +297,13 @@ def _time_cases(cases: dict[str, Callable[[], Any]], what: str, seconds: float) 
 
 def precompile(arch: str, jobs: int) -> None:
     """Fill Triton's cache in parallel, before CUDA is initialised, which forked processes could not use."""
-    import triton.language as tl
-
     cases = []
+    product = Product("plain", "nvfp4", torch.bfloat16, SWIZZLED)
     for config, most in all_candidates().items():
         for even, parts in itertools.product((True, False), {1, *(p for p in (2, 4, 8, 16) if p <= most)}):
             if even or parts <= 2:
-                case = launch._aot_case(
-                    "sm90", config, "plain", "nvfp4", torch.bfloat16, tl.bfloat16, SWIZZLED, False, even
-                )
-                signature = {**case.signature, "out_ptr": "*bf16" if parts == 1 else "*fp32"}
-                cases.append(case._replace(signature=signature, constants={**case.constants, "SPLITS": parts}))
+                call = Call(k=4096 if even else 4128, splits=parts)
+                cases.append(aot_case("sm90", config, product, call))
     with ThreadPoolExecutor(jobs) as pool:
         got = list(pool.map(lambda c: compile_apart(c, arch, keep=True), cases))
     spilling = sum(g.spilled_bytes > 0 for g in got)

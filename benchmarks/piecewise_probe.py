@@ -53,8 +53,8 @@ class Setting:
     attention: str = "triton-out"
     """A key of ``probe_attention.VARIANTS``."""
     runner: str = "trees"
-    """"trees": Inductor's CUDA graph trees; "direct": ``replay="direct"``; "graph": one graph of the whole step; "bare":
-    the launches of "direct" and nothing else, always with the first step's arguments."""
+    """"trees": Inductor's CUDA graph trees; "direct": ``replay="direct"``; "graph": one graph of the whole step;
+    "bare": the launches of "direct" and nothing else, always with the first step's arguments."""
     static_arguments: bool = False
     """The step's arguments are marked as being at fixed addresses, so trees copy none of them."""
     skip_guards: bool = False

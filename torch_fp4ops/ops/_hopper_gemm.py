@@ -82,10 +82,10 @@ def _loader(d, s, out, sums, alpha, M, N, tiles_m, tiles_n, TRIPS, C: gl.constex
             phase = phase ^ (st == 0).to(gl.int32)
         p += k1 - k0
     if not C.MMA and beg < end:
-        # Warp groups decode a step ahead: each waits for one stage more than it multiplies.
+        # Warp groups decode a step ahead: each waits for one stage more than it multiplies, whatever is in it.
         for _ in gl.static_range(KW):
             mbarrier.wait(s[4].index(st), phase)
-            _load_stage(d, s, st, 0, 0, 0, KT, C)
+            mbarrier.expect(s[3].index(st), 0)
             st = (st + 1) % C.STAGES
             phase = phase ^ (st == 0).to(gl.int32)
 
@@ -104,16 +104,15 @@ def _weights(s, slot, SUB: gl.constexpr, OPERAND: gl.constexpr, C: gl.constexpr)
 
 
 @gluon.jit
-def _store(acc, row, pm, d, s, out, alpha, M, N, SUB: gl.constexpr, ACC: gl.constexpr, C: gl.constexpr):
-    """Multiply the sums of 64 weight rows from ``row`` on by alpha, round once and store them transposed."""
+def _store(acc, row, pm, d, s, out, alpha, factor, M, N, SUB: gl.constexpr, ACC: gl.constexpr, C: gl.constexpr):
+    """Multiply the sums of 64 weight rows from ``row`` on by the factor or by each row's, round once and store them
+    transposed."""
     BM: gl.constexpr = C.BM
     m = pm * BM + gl.arange(0, BM, gl.SliceLayout(0, ACC))
-    if C.ALPHA == 0:
-        acc = acc * C.FACTOR
-    elif C.ALPHA == 1:
-        acc = acc * (gl.load(alpha) * C.FACTOR)
-    else:
+    if C.ALPHA == 2:
         acc = acc * (gl.load(alpha + m, mask=m < M, other=0.0) * C.FACTOR)[None, :]
+    else:
+        acc = acc * factor
     value = acc.to(out.dtype.element_ty)
     if C.TMA_STORE:
         buffer = s[5].index(SUB)
@@ -145,6 +144,10 @@ def _multiply(d, s, out, sums, alpha, M, N, tiles_m, tiles_n, TRIPS, C: gl.const
     LAST: gl.constexpr = SUB + C.R - 1
     full = s[3]
     empty = s[4]
+    if C.ALPHA == 1:
+        factor = gl.load(alpha) * C.FACTOR  # loaded now, for at the end it would be waited for
+    else:
+        factor = C.FACTOR
     tiles = tiles_m * tiles_n
     beg, end = share(tiles, TRIPS, C.STREAM)
     p = beg
@@ -240,9 +243,9 @@ def _multiply(d, s, out, sums, alpha, M, N, tiles_m, tiles_n, TRIPS, C: gl.const
             row = (pn * C.SUBS + SUB) * 64
             if C.TMA_STORE:
                 tma.store_wait(0)
-            _store(acc0, row, pm, d, s, out, alpha, M, N, SUB, ACC, C)
+            _store(acc0, row, pm, d, s, out, alpha, factor, M, N, SUB, ACC, C)
             if C.R == 2:
-                _store(acc1, row + 64, pm, d, s, out, alpha, M, N, LAST, ACC, C)
+                _store(acc1, row + 64, pm, d, s, out, alpha, factor, M, N, LAST, ACC, C)
         p += k1 - k0
     if C.TMA_STORE:
         tma.store_wait(0)

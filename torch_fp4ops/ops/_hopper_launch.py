@@ -219,8 +219,8 @@ def offline_cases() -> Iterator[AotCase]:
             case = _offline_case(way, "nvfp4", stream=stream)
             tiles[case.name] = case
     yield from tiles.values()
-    ends = (WAYS[0], WAYS[2], WAYS[-4], WAYS[-3], WAYS[-1])
-    for way in ends:
+    shared = max((way for way in WAYS if way.KW > 1), key=lambda way: way.BM)
+    for way in (WAYS[0], WAYS[2], shared, WAYS[-4], WAYS[-3], WAYS[-1]):
         yield _offline_case(way, "mxfp4")
         yield _offline_case(way, "mxfp8")
     for way in (WAYS[0], WAYS[-3], WAYS[-1]):
@@ -228,8 +228,16 @@ def offline_cases() -> Iterator[AotCase]:
     yield _offline_case(WAYS[-5], "nvfp4", out_dtype=torch.float32, alpha_form=2)
     ints = dict.fromkeys(("M", "N", "tiles_m", "tiles_n", "TRIPS", "programs"), "i32")
     signature = {"sums": "*fp32", "out": "*bf16", "alpha": "*fp32", **ints}
-    for bm, parts in ((8, 2), (256, 9)):
-        constants = {"BM": bm, "SUBS": 2, "BAND": 8, "ALPHA": 1, "FACTOR": 128.0, "ROWS": min(bm, 16), "PARTS": parts}
+    for bm, parts, subs in ((8, 2, 2), (64, 2, 1), (256, 9, 2)):
+        constants = {
+            "BM": bm,
+            "SUBS": subs,
+            "BAND": 8,
+            "ALPHA": 1,
+            "FACTOR": 128.0,
+            "ROWS": min(bm, 16),
+            "PARTS": parts,
+        }
         yield AotCase(f"hopper-sum-{bm}x{parts}", sum_parts_kernel, signature, constants, 128, ("N",))
     for strips in STRIPS:
         yield _offline_strips(strips, "nvfp4")

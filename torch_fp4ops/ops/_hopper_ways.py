@@ -32,6 +32,10 @@ class Way(NamedTuple):
     """Microseconds a step of a program."""
     shared_step: float = 0.0
     """The same with RESIDENT programs on a multiprocessor."""
+    tile: float = 0.0
+    """Microseconds more for each tile of a program but the first."""
+    alike: float = 1.0
+    """What a step takes of ``step`` where programs have equal parts of tiles, and so the same rows of x at a time."""
     BAND: int = 8
 
     @property
@@ -63,14 +67,20 @@ WAYS = (
     Way(32, KS=2, STAGES=7, STREAM=True, step=0.25),
     Way(32, KS=2, STAGES=5, STREAM=True, RESIDENT=2, step=0.26, shared_step=0.42),
     Way(32, KS=2, STAGES=5, RESIDENT=2, start=4.5, step=0.23, shared_step=0.39),
+    Way(32, KW=2, KS=4, STAGES=8, start=5.1, step=0.10, tile=1.5),
+    Way(32, KW=2, KS=4, RESIDENT=2, start=5.2, step=0.10, shared_step=0.19, tile=1.5),
     Way(64, STAGES=12, STREAM=True, step=0.32),
     Way(64, STAGES=8, STREAM=True, RESIDENT=2, step=0.32, shared_step=0.53),
     Way(64, STAGES=6, RESIDENT=2, start=4.5, step=0.265, shared_step=0.47),
+    Way(64, KW=2, KS=2, STAGES=8, STREAM=True, start=5.6, step=0.12, tile=3.0),
+    Way(64, KW=2, KS=4, start=5.6, step=0.12, tile=1.5),
+    Way(64, KW=2, STAGES=8, RESIDENT=2, start=5.6, step=0.125, shared_step=0.23, tile=1.5),
+    Way(128, KW=2, STAGES=8, start=6.0, step=0.197, tile=2.8),
     Way(128, STAGES=9, STREAM=True, start=5.0, step=0.40),
-    Way(128, STAGES=7, start=5.0, step=0.36),
-    Way(128, R=2, STAGES=5, STREAM=True, start=5.0, step=0.73),
+    Way(128, STAGES=7, start=5.0, step=0.355, tile=3.0),
+    Way(128, R=2, STAGES=5, STREAM=True, start=5.0, step=0.73, alike=0.9),
     Way(128, R=2, STAGES=5, start=5.0, step=0.66),
-    Way(256, STAGES=5, STREAM=True, start=6.0, step=0.68),
+    Way(256, STAGES=5, STREAM=True, start=6.0, step=0.7, alike=0.89),
     Way(256, STAGES=4, start=6.0, step=0.64),
 )
 # About 100 KB of stages are loaded at a time; more were slower. Four steps a stage fit any K, eight wait less often.
@@ -127,10 +137,13 @@ def cut(way: Way | Strips, m: int, n: int, k: int, processors: int) -> Cut | Non
         parts = _most_sharers(tiles, trips, programs)
         if parts == 1 and way.BM >= 64:
             return None  # the ways of whole tiles have room for more
-    most_trips = triton.cdiv(total, programs) if way.STREAM else triton.cdiv(tiles, programs) * trips
-    us = way.start + most_trips * 4 * way.KW * (way.shared_step if programs > processors else way.step)
+    most_tiles = triton.cdiv(tiles, programs)
+    most_trips = triton.cdiv(total, programs) if way.STREAM else most_tiles * trips
+    alike = total % programs == 0 and trips % (total // programs) == 0
+    step = (way.shared_step if programs > processors else way.step) * (way.alike if alike else 1)
+    us = way.start + most_trips * 4 * way.KW * step + (most_tiles - 1) * way.tile
     if parts > 1:
-        shared = programs if total % programs == 0 and trips % (total // programs) == 0 else 2 * programs
+        shared = programs if alike else 2 * programs
         us += _SUM_START + shared * 8 * way.rows * min(way.BM, m) / _SUM_BYTES_PER_US
     return Cut(way, programs, tiles_m, tiles_n, trips, parts, us)
 
@@ -179,7 +192,8 @@ def choose(
     most = 4 * least if m > 32 else least
     ways: list[Way | Strips] = [way for way in WAYS if least <= way.BM <= most]
     if out_dtype == torch.float32:  # which threads store; more sums leave them no registers
-        ways = [way for way in ways if isinstance(way, Way) and way.R * way.BM <= 128]
+        few = [way for way in ways if isinstance(way, Way) and way.R * way.BM <= 128]
+        ways = [way for way in few if way.KW == 1 or way.BM <= 16]
     if whole_steps:
         ways += [way for way in STRIPS if least == way.BM]
     cuts = [cut(way, m, n, k, processors) for way in ways]

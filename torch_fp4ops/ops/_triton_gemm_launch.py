@@ -1,4 +1,4 @@
-"""Launches the matrix product of ``_triton_gemm``: operands, configurations, split K, and the cases compiled offline.
+"""Launches the matrix product of ``_triton_gemm``: operands, configurations and split K.
 
 Configurations stand in a table by architecture and number of rows; nothing is tuned at run time, so a call's result
 depends on its arguments alone. Splits of K are summed in a fixed order.
@@ -7,7 +7,6 @@ depends on its arguments alone. Splits of K are summed in a fixed order.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -18,16 +17,24 @@ from torch import Tensor
 from .. import scale_layouts
 from ..formats import FORMATS, BlockFormat
 from ._triton_gemm import matmul_kernel, sum_splits_kernel
-from ._triton_launch import INTERPRETED, LAYOUT_CODES, AotCase, global_scale_form, launch, rows_of_units
+from ._triton_launch import INTERPRETED, LAYOUT_CODES, global_scale_form, launch, rows_of_units
 
-__all__ = ["Config", "Grouping", "Operand", "architecture", "configuration", "matmul", "matmul_cases"]
+__all__ = [
+    "PLAIN",
+    "SUMMED_AT_ONCE",
+    "Config",
+    "Grouping",
+    "Operand",
+    "architecture",
+    "configuration",
+    "constants_of",
+    "matmul",
+    "multiplied_as",
+]
 
 PLAIN = "plain"
 _PACK = {PLAIN: 1, "nvfp4": 2, "mxfp4": 2, "mxfp8": 1}
-_TRITON_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
-
-
-_SUMMED_AT_ONCE = 1024
+SUMMED_AT_ONCE = 1024
 
 
 class Operand(NamedTuple):
@@ -87,7 +94,7 @@ class Grouping(NamedTuple):
 _ROWS = (16, 64, 256, None)
 _AMPERE = (
     Config(16, 128, 64, 128, 4, SPLIT=True),
-    Config(64, 128, 64, 128, 3, SPLIT=True),
+    Config(64, 128, 64, 256, 3, SPLIT=True),
     Config(128, 128, 64, 256, 3, SPLIT=True),
     Config(128, 128, 64, 256, 3),
 )
@@ -147,7 +154,7 @@ def configuration(arch: str, m: int, a_format: str, b_format: str, dtype: Any) -
     if arch in ("sm100", "sm120") and a_format == b_format != PLAIN:
         return _NATIVE_TABLE[row]
     if dtype == tl.float32 and arch != "interpreter":
-        return _TF32_TABLE[row]
+        return _TF32_TABLE[row]._replace(STAGES=2) if arch == "sm120" else _TF32_TABLE[row]  # three spill there
     config = _TABLES[arch][row]
     # Decoding both sides takes more registers.
     return config._replace(BN=64) if a_format != PLAIN and config.BM == 16 else config
@@ -187,10 +194,10 @@ def matmul(
     dtype = multiplied_as(a, b)
     if config is None:
         config = configuration(architecture(device), m, a.format, b.format, dtype)
-    elements, units, unit = _rows(a)
+    elements, units = rows_of_units(a.elements, _row_unit(a))
     b_elements = _aligned(b.elements)
     alpha, alpha_form = global_scale_form(alpha)
-    constants = _constants(a, b, config, dtype, k, unit)
+    constants = constants_of(a, b, config)
     scales = (a.scales, b.scales)
     cols = [_scale_cols(operand, k) for operand in (a, b)]
     tiles_n = triton.cdiv(n, config.BN)
@@ -229,7 +236,7 @@ def matmul(
     if grouping is None and parts != 1:
         launch(
             sum_splits_kernel,
-            (triton.cdiv(m * n, _SUMMED_AT_ONCE),),
+            (triton.cdiv(m * n, SUMMED_AT_ONCE),),
             256,
             device,
             target,
@@ -240,11 +247,13 @@ def matmul(
             N_UNIT=n_unit,
             SPLITS=parts,
             ALPHA=alpha_form,
-            BLOCK=_SUMMED_AT_ONCE,
+            BLOCK=SUMMED_AT_ONCE,
         )
 
 
-def _constants(a: Operand, b: Operand, config: Config, dtype: Any, k: int, unit: int) -> dict[str, Any]:
+def constants_of(a: Operand, b: Operand, config: Config) -> dict[str, Any]:
+    """The constants of ``matmul_kernel`` that follow from the operands and the configuration."""
+    k = a.k
     return {
         "A_FORMAT": a.format,
         "B_FORMAT": b.format,
@@ -252,9 +261,9 @@ def _constants(a: Operand, b: Operand, config: Config, dtype: Any, k: int, unit:
         "B_LAYOUT": LAYOUT_CODES[b.layout],
         "A_WORDS": _has_scale_words(a, k),
         "B_WORDS": _has_scale_words(b, k),
-        "DTYPE": dtype,
+        "DTYPE": multiplied_as(a, b),
         "PRECISION": "ieee" if torch.version.hip is not None else "tf32",
-        "A_UNIT": unit,
+        "A_UNIT": _row_unit(a) // a.elements.element_size(),
         "EVEN_K": k % config.BK == 0,
         "BM": config.BM,
         "BN": config.BN,
@@ -271,12 +280,9 @@ def _aligned(t: Tensor) -> Tensor:
     return t if t.data_ptr() % 16 == 0 else t.clone()
 
 
-def _rows(a: Operand) -> tuple[Tensor, int, int]:
-    """The rows of a, their distance in units that the compiler can count on, and that unit in elements or bytes."""
-    size = a.elements.element_size()
-    unit = 16 if a.elements.shape[1] * size % 16 == 0 else 8
-    rows, units = rows_of_units(a.elements, unit)
-    return rows, units, unit // size
+def _row_unit(a: Operand) -> int:
+    """Bytes that the compiler can count on the distance of a's rows to be a multiple of."""
+    return 16 if a.elements.shape[1] * a.elements.element_size() % 16 == 0 else 8
 
 
 def _scale_cols(operand: Operand, k: int) -> int:
@@ -287,113 +293,3 @@ def _scale_cols(operand: Operand, k: int) -> int:
 
 def _has_scale_words(operand: Operand, k: int) -> bool:
     return operand.scales is not None and _scale_cols(operand, k) % 4 == 0
-
-
-# What is compiled offline
-
-
-def aot_cases() -> Iterator[AotCase]:
-    """The sum of the splits, the same everywhere; the products are :func:`matmul_cases`, an architecture's each."""
-    signature = {"partial_ptr": "*fp32", "alpha_ptr": "*fp32", "out_ptr": "*bf16", "M": "i32", "n_units": "i32"}
-    for parts, alpha_form in ((2, 1), (16, 2)):
-        constants = {"N_UNIT": 8, "SPLITS": parts, "ALPHA": alpha_form, "BLOCK": _SUMMED_AT_ONCE}
-        yield AotCase(f"matmul-sum-{parts}-alpha{alpha_form}", sum_splits_kernel, signature, constants, 256)
-
-
-class MatmulCase(NamedTuple):
-    """A configuration that ships, the targets it ships for and what their assembly must have."""
-
-    case: AotCase
-    targets: tuple[str, ...]
-    instruction: str
-
-
-_TARGETS = {
-    "sm80": (("sm_80", "sm_86", "sm_89"), r"mma\.sync\.aligned\.m16n8k(16|8)\.row\.col\.f32\.{0}\.{0}"),
-    "sm90": (("sm_90",), r"(wgmma\.mma_async|mma\.sync).*\.f32\.{0}\.{0}"),
-    "sm100": (("sm_100", "sm_103"), r"(tcgen05\.mma|mma\.sync)"),
-    "sm120": (("sm_120", "sm_121"), r"mma\.sync.*\.f32\.{0}\.{0}"),
-    "amd": (("gfx942", "gfx950"), r"v_mfma_f32"),
-}
-_NATIVE_INSTRUCTIONS = {
-    ("sm100", "nvfp4"): r"tcgen05\.mma.*kind::mxf4nvf4.*(4X|block16)",
-    ("sm100", "mxfp4"): r"tcgen05\.mma.*kind::mxf4\b",
-    ("sm100", "mxfp8"): r"tcgen05\.mma.*kind::mxf8f6f4",
-    ("sm120", "nvfp4"): r"mma\.sync.*kind::mxf4nvf4.*4X.*ue4m3",
-    ("sm120", "mxfp4"): r"mma\.sync.*kind::mxf4nvf4.*2X.*ue8m0",
-    ("sm120", "mxfp8"): r"mma\.sync.*kind::mxf8f6f4",
-}
-_AOT_ROWS = (16, 64, 256, 4096)
-
-
-def matmul_cases(
-    operands: list[tuple[str, str, torch.dtype]], layout: str, *, grouped: bool = False
-) -> Iterator[MatmulCase]:
-    """Cases of products of ``(format of a, format of b, dtype of a plain a)`` on every architecture."""
-    for a_format, b_format, plain in operands:
-        a_dtype = plain if a_format == PLAIN else torch.uint8
-        a = Operand(torch.empty(0, 0, dtype=a_dtype, device="meta"), a_format)
-        dtype = multiplied_as(a, Operand(a.elements, b_format))
-        for arch, (targets, pattern) in _TARGETS.items():
-            kinds = {configuration(arch, m, a_format, b_format, dtype): m for m in _AOT_ROWS}
-            if grouped:  # K is never split there
-                kinds = {config._replace(SPLIT=False): m for config, m in kinds.items()}
-            for config, m in kinds.items():
-                for even in (True, False) if m == 4096 else (True,):
-                    case = _aot_case(arch, config, a_format, b_format, plain, dtype, layout, grouped, even)
-                    name = {tl.bfloat16: "bf16", tl.float16: "f16", tl.float32: "tf32"}[dtype]
-                    wanted = pattern.replace("{0}", name)
-                    if config.NATIVE:
-                        wanted = _NATIVE_INSTRUCTIONS[arch, a_format]
-                    yield MatmulCase(case, targets, wanted)
-
-
-def _aot_case(
-    arch: str,
-    config: Config,
-    a_format: str,
-    b_format: str,
-    plain: torch.dtype,
-    dtype: Any,
-    layout: str,
-    grouped: bool,
-    even: bool,
-) -> AotCase:
-    short = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[plain]
-    ints = ("M", "n_units", "K", "a_row_units", "a_scale_cols", "b_scale_cols")
-    parts = 4 if config.SPLIT and not grouped else 1
-    signature = {"out_ptr": "*fp32" if grouped or parts > 1 else "*bf16", **dict.fromkeys(ints, "i32")}
-    for side, fmt in (("a", a_format), ("b", b_format)):
-        signature[f"{side}_ptr"] = f"*{short}" if fmt == PLAIN else "*u8"
-        if fmt != PLAIN:
-            signature[f"{side}_scales_ptr"] = "*u8"
-    signature["alpha_ptr"] = "*fp32"
-    if grouped:
-        signature |= {"schedule_ptr": "*i32", "order_ptr": "*i64", "bias_ptr": "*fp32"}
-    constants = {
-        "A_FORMAT": a_format,
-        "B_FORMAT": b_format,
-        "A_LAYOUT": LAYOUT_CODES[scale_layouts.LINEAR if grouped else scale_layouts.SWIZZLED_128X4],
-        "B_LAYOUT": LAYOUT_CODES[layout],
-        "A_WORDS": a_format != PLAIN,
-        "B_WORDS": b_format != PLAIN,
-        "ALPHA": 3 if grouped else 1,
-        "DTYPE": dtype,
-        "PRECISION": "ieee" if arch == "amd" else "tf32",
-        "EXPERTS": grouped,
-        "A_SHARE": 4 if grouped else 1,
-        "A_UNIT": 8 if a_format == PLAIN else 16,
-        "N_UNIT": 8,
-        "EVEN_K": even,
-        "SPLITS": parts,
-    }
-    names = ("BM", "BN", "BK", "GROUP", "STAGES", "SWAP", "NATIVE")
-    constants |= {name: getattr(config, name) for name in names}
-    for name in matmul_kernel.arg_names:
-        if name not in signature:
-            constants.setdefault(name, None)
-    a_name = short if a_format == PLAIN else a_format
-    tile = f"{config.BM}x{config.BN}x{config.BK}{'s' * config.SWAP}"
-    kind = f"{'moe' if grouped else 'matmul'}-{a_name}-{b_format}-{layout}"
-    name = f"{kind}-{arch}-{tile}{'-split' * (parts > 1)}{'-ragged' * (not even)}"
-    return AotCase(name, matmul_kernel, signature, constants, config.threads)

@@ -326,8 +326,13 @@ def aot_cases() -> Iterator[AotCase]:
     scales = ("fc1_ptr", "fc1_out_ptr", "fc2_ptr", "fc2_out_ptr")
     for none in (0, 2):  # the first ones are one for all experts
         signature = {**ids, "rows": "i32", **dict.fromkeys(scales[none:], "*fp32")}
-        constants = {"BLOCK": 256, **dict.fromkeys(scales[:none])}
-        yield AotCase(f"moe-scales-{none}", scales_by_row_kernel, signature, constants, 128)
+        yield AotCase(
+            f"moe-scales-{none}",
+            scales_by_row_kernel,
+            signature,
+            {**dict.fromkeys(scales[:none]), "BLOCK": 256},
+            128,
+        )
     for experts in (32, 128, 256):
         signature = {**ids, "order_ptr": "*i64", "schedule_ptr": "*i32"}
         signature |= dict.fromkeys(("rows", "tiles", "rows_a_tile"), "i32")

@@ -11,7 +11,8 @@ from ... import scale_layouts
 from ...contracts import Call
 from ...formats import MXFP8
 from .._matmul import reads_plain
-from .._triton_gemm_launch import MatmulCase, Operand, matmul_cases
+from .._triton_gemm_launch import Operand
+from .._triton_gemm_offline import MatmulCase, matmul_cases
 from .._triton_launch import why_not
 from .._triton_product import product
 from ..mm_fp4 import a_layout

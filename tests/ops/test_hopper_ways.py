@@ -1,0 +1,85 @@
+"""Every way to cut a Hopper product up: what it needs of shared memory, and, on a GPU, what it computes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from torch_fp4ops.block_quantization import dequantize_blocks
+from torch_fp4ops.formats import FORMATS, MXFP8, NVFP4, BlockFormat
+from torch_fp4ops.hopper_layout import pack_hopper_weight
+from torch_fp4ops.testing import assert_matmul_close
+
+pytest.importorskip("triton.experimental.gluon", reason="needs Gluon")
+
+from torch_fp4ops.ops import _hopper_launch
+from torch_fp4ops.ops._hopper_ways import WAYS, Cut, Way, choose, cut
+
+PROCESSORS = 132
+
+
+def name_of(way: Way) -> str:
+    return f"{way.BM}x{way.rows}x{way.KS}-{way.KW}-{way.STAGES}{'-stream' * way.STREAM}-{way.RESIDENT}"
+
+
+ways = pytest.mark.parametrize("way", WAYS, ids=name_of)
+formats = pytest.mark.parametrize("fmt", FORMATS.values(), ids=lambda fmt: fmt.name)
+
+
+@ways
+@formats
+def test_stages_are_enough_and_have_room(way, fmt):
+    plan = _hopper_launch._plan(way, fmt.name, torch.bfloat16, torch.bfloat16, 1)
+    # Groups that take turns have stages of their own, and with wgmma each waits for its next before it gives one back.
+    assert plan.STAGES % plan.KW == 0
+    assert (1 if plan.MMA else 2) <= plan.STAGES // plan.KW
+    used = plan.STAGES * plan.STAGE_BYTES + plan.RESULT_BYTES + _hopper_launch._BARRIER_BYTES
+    assert used <= _hopper_launch._SHARED_BYTES // way.RESIDENT
+
+
+def test_small_weights_are_shared_by_warp_groups():
+    """Tiles of 64 rows give more multiprocessors one than tiles of 128."""
+    for m, n, k in ((32, 7168, 2048), (64, 7168, 2048), (128, 4096, 4096), (256, 4096, 4096)):
+        way = choose(m, n, k, PROCESSORS).way
+        assert isinstance(way, Way) and way.KW == 2 and not way.STREAM
+
+
+@pytest.mark.gpu
+@ways
+@formats
+def test_a_way_is_right_and_always_the_same(way, fmt):
+    if _hopper_launch.unavailable(torch.device("cuda", 0)):
+        pytest.skip("needs compute capability 9.0")
+    processors = torch.cuda.get_device_properties(0).multi_processor_count
+    trip = 256 * way.KW
+    rows_of_all = 5 * processors * way.RESIDENT * way.rows // 2 // 256 * 256
+    cuts = []
+    # Few tiles, and more than there are places for at a time.
+    for m, n, k in ((2 * way.BM - 3, 768, 4 * trip), (way.BM - 1, rows_of_all, 2 * trip)):
+        chosen = cut(way, m, n, k, processors)
+        if chosen is not None:
+            cuts.append(chosen)
+            _check(chosen, m, n, k, fmt)
+    assert cuts
+
+
+def _check(chosen: Cut, m: int, n: int, k: int, fmt: BlockFormat) -> None:
+    codes = torch.randint(0, 256, (n, k // fmt.elements_per_byte), device="cuda").to(torch.uint8)
+    if fmt is MXFP8:
+        codes[(codes & 0x7F) == 0x7F] = 0
+    low, high = (0x20, 0x60) if fmt is NVFP4 else (116, 128)
+    scales = torch.randint(low, high, (n, k // fmt.block_size), device="cuda").to(torch.uint8)
+    weight, scale = pack_hopper_weight(codes, scales, fmt)
+    x = torch.randn(m, k, device="cuda").bfloat16()
+    alpha = torch.rand(m, device="cuda") + 0.5
+
+    def product() -> Tensor:
+        out = torch.full((m, n), torch.nan, device="cuda", dtype=torch.bfloat16)
+        _hopper_launch.multiply(x, weight, scale, fmt, out, alpha, chosen)
+        return out
+
+    first = product()
+    values = codes.view(torch.float8_e4m3fn) if fmt is MXFP8 else codes
+    assert_matmul_close(first, x, dequantize_blocks(values, scales, fmt), alpha)
+    assert all(torch.equal(product(), first) for _ in range(50))
