@@ -10,6 +10,8 @@ adds to calling its backend directly (``host_overhead.py``). The modes differ in
 * ``compiled``: the code that ``torch_fp4ops.cuda_graphs.piecewise`` compiled, run without its graphs;
 * ``piecewise``: the same code, as CUDA graphs between the attention ops;
 * ``piecewise-direct``: a compilation of its own, replayed without Inductor's CUDA graph trees (``replay="direct"``);
+* ``bare``: the launches of ``piecewise-direct``, graphs and kernels of attention, by nothing but their own calls, always
+  with the first step's arguments: as quick as pieces can be;
 * ``graph``: the code of ``compiled``, captured as a whole by ``torch.cuda.graph``.
 
 A step's time is the mean over a loop that is synchronised before and after, the median of several loops. The kernels'
@@ -20,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import gc
 import shlex
 import sys
@@ -30,6 +33,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
+from unittest import mock
 
 if str(Path(__file__).parent.parent) not in sys.path:
     sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -38,13 +42,14 @@ import torch
 from torch import Tensor
 from torch._inductor import config as inductor_config
 
-from benchmarks import decoder, host_overhead
+from benchmarks import attention, decoder, host_overhead
 from benchmarks.probing import write_csv
 from torch_fp4ops import set_backend
+from torch_fp4ops._partition_graphs import PartitionGraphs
 from torch_fp4ops.cuda_graphs import piecewise, warmup
 from torch_fp4ops.nn import quantize_
 
-MODES = ("eager", "piecewise", "piecewise-direct", "compiled", "graph")
+MODES = ("eager", "piecewise", "piecewise-direct", "bare", "compiled", "graph")
 _NO_GRAPHS = {"triton.cudagraph_capture_sizes": ()}
 SIZES = ("hidden", "layers", "heads", "kv_heads", "intermediate", "vocabulary", "length")
 WEIGHTS = ("bf16", "nvfp4-w4a16")
@@ -150,6 +155,8 @@ def _step(mode: str, model: decoder.Decoder, pieces: Any, given: tuple[Tensor, T
     if mode == "eager":
         warmup(model, [given])
         return lambda: model(*given)
+    if mode == "bare":
+        return _bare(piecewise(model, [given[0].shape[0]], split=[decoder.ATTENTION], replay="direct"), given)
     warmup(pieces, [given])
     if mode != "graph":
         return lambda: pieces(*given)
@@ -157,6 +164,38 @@ def _step(mode: str, model: decoder.Decoder, pieces: Any, given: tuple[Tensor, T
     with torch.cuda.graph(graph):
         pieces(*given)
     return graph.replay
+
+
+def _bare(pieces: Any, given: tuple[Tensor, Tensor]) -> Callable[[], Any]:
+    launched: list[Callable[[], Any]] = []
+    capture, attend = PartitionGraphs._capture, attention.launch
+
+    def noted_capture(self: Any, *args: Any) -> Any:
+        replay, out = capture(self, *args)
+
+        def noted_replay() -> None:
+            launched.append(replay)
+            replay()
+
+        return noted_replay, out
+
+    def noted_attend(*args: Any) -> None:
+        launched.append(functools.partial(attend, *args))
+        attend(*args)
+
+    with mock.patch.object(PartitionGraphs, "_capture", noted_capture):
+        warmup(pieces, [given])
+    launched.clear()
+    with mock.patch.object(attention, "launch", noted_attend):
+        pieces(*given)
+    launches = tuple(launched)
+
+    def step() -> Any:  # keeps what owns the graphs' memory
+        for launch in launches:
+            launch()
+        return pieces
+
+    return step
 
 
 def _timed(row: Row, step: Callable[[], Any]) -> Row:

@@ -35,12 +35,10 @@ import torch
 from torch import Tensor
 from torch._inductor import config as inductor_config
 
-from benchmarks import attention as attention_kernel
 from benchmarks import decoder, probe_attention
 from benchmarks.decode_step import WEIGHTS, kernel_time, make_model, step_inputs, time_step
 from benchmarks.probing import write_csv
 from torch_fp4ops import set_backend
-from torch_fp4ops._partition_graphs import PartitionGraphs
 from torch_fp4ops.cuda_graphs import piecewise, warmup
 
 Step = Callable[[], Tensor]
@@ -53,8 +51,7 @@ class Setting:
     attention: str = "triton-out"
     """A key of ``probe_attention.VARIANTS``."""
     runner: str = "trees"
-    """"trees": Inductor's CUDA graph trees; "direct": ``replay="direct"``; "graph": one graph of the whole step;
-    "bare": the launches of "direct" and nothing else, always with the first step's arguments."""
+    """"trees": Inductor's CUDA graph trees; "direct": ``replay="direct"``; "graph": one graph of the whole step."""
     static_arguments: bool = False
     """The step's arguments are marked as being at fixed addresses, so trees copy none of them."""
     skip_guards: bool = False
@@ -83,7 +80,6 @@ SETTINGS = {
     "no-module-guards": Setting(options=_NO_MODULE_GUARDS),
     "no-guards": Setting(skip_guards=True),
     "direct": Setting(runner="direct"),
-    "bare": Setting(runner="bare"),
     "direct-custom-op": Setting(attention="custom-op", runner="direct"),
     "direct-no-module-guards": Setting(runner="direct", options=_NO_MODULE_GUARDS),
     "direct-no-guards": Setting(runner="direct", skip_guards=True),
@@ -156,7 +152,7 @@ def step_of(setting: Setting, model: decoder.Decoder, given: tuple[Tensor, Tenso
                 torch._dynamo.mark_static_address(t, guard=False)
         decoder.mark_batch(*given)
         size, split = given[0].shape[0], [attention.op]
-        if setting.runner in ("direct", "bare"):
+        if setting.runner == "direct":
             pieces = piecewise(model, [size], split, replay="direct")
             if options and pieces._direct is not None:
                 backend = pieces._direct._compile
@@ -176,8 +172,6 @@ def step_of(setting: Setting, model: decoder.Decoder, given: tuple[Tensor, Tenso
                 graph.replay()
                 return out
 
-        elif setting.runner == "bare":
-            step = _bare(pieces, given)
         else:
             warmup(pieces, [given] * 2)
 
@@ -188,39 +182,6 @@ def step_of(setting: Setting, model: decoder.Decoder, given: tuple[Tensor, Tenso
             stack.enter_context(torch.compiler.set_stance(skip_guard_eval_unsafe=True))
             step()
         yield step
-
-
-def _bare(pieces: Any, given: tuple[Tensor, Tensor]) -> Step:
-    """What a step launches, in order: its graphs, and between them the kernels of the attention op."""
-    launched: list[Callable[[], Any]] = []
-    capture, attend = PartitionGraphs._capture, attention_kernel.launch
-
-    def noted_capture(self: Any, *args: Any) -> Any:
-        replay, out = capture(self, *args)
-
-        def noted_replay() -> None:
-            launched.append(replay)
-            replay()
-
-        return noted_replay, out
-
-    def noted_attend(*args: Any) -> None:
-        launched.append(functools.partial(attend, *args))
-        attend(*args)
-
-    with mock.patch.object(PartitionGraphs, "_capture", noted_capture):
-        warmup(pieces, [given] * 2)
-    launched.clear()
-    with mock.patch.object(attention_kernel, "launch", noted_attend):
-        out = pieces(*given)
-    steps = tuple(launched)
-
-    def step() -> Tensor:
-        for launch in steps:
-            launch()
-        return out
-
-    return step
 
 
 def _options_of(split: list[str]) -> dict[str, Any]:
