@@ -10,7 +10,7 @@ adds to calling its backend directly (``host_overhead.py``). The modes differ in
 * ``compiled``: the code that ``torch_fp4ops.cuda_graphs.piecewise`` compiled, run without its graphs;
 * ``piecewise``: the same code, as CUDA graphs between the attention ops;
 * ``piecewise-direct``: a compilation of its own, replayed without Inductor's CUDA graph trees (``replay="direct"``);
-* ``bare``: the launches of ``piecewise-direct``, graphs and kernels of attention, by nothing but their own calls, always
+* ``bare``: the launches of ``piecewise-direct``, graphs and attention, by nothing but their own calls, and always
   with the first step's arguments: as quick as pieces can be;
 * ``graph``: the code of ``compiled``, captured as a whole by ``torch.cuda.graph``.
 
