@@ -40,7 +40,7 @@ def _contract(call: Call) -> Out:
 
 _PREFERENCES = (
     _preferences.FLASHINFER,
-    _preferences.gluon(2.01, 1.0),
+    _preferences.gluon(2.06, 1.03),
     Preference(
         "triton",
         "cuda",

@@ -38,7 +38,7 @@ def _contract(call: Call) -> Out:
 _PREFERENCES = (
     _preferences.FLASHINFER,
     _preferences.TRTLLM,
-    _preferences.gluon(1.37, 0.91),
+    _preferences.gluon(1.4, 0.92),
     Preference(
         "triton",
         "cuda",
