@@ -167,6 +167,7 @@ def _step(mode: str, model: decoder.Decoder, pieces: Any, given: tuple[Tensor, T
 
 
 def _bare(pieces: Any, given: tuple[Tensor, Tensor]) -> Callable[[], Any]:
+    """What a step of ``pieces`` launches, noted while it is captured and run once."""
     launched: list[Callable[[], Any]] = []
     capture, attend = PartitionGraphs._capture, attention.launch
 

@@ -29,6 +29,7 @@ __all__ = [
     "configuration",
     "constants_of",
     "matmul",
+    "most_registers",
     "multiplied_as",
 ]
 
@@ -154,10 +155,15 @@ def configuration(arch: str, m: int, a_format: str, b_format: str, dtype: Any) -
     if arch in ("sm100", "sm120") and a_format == b_format != PLAIN:
         return _NATIVE_TABLE[row]
     if dtype == tl.float32 and arch != "interpreter":
-        return _TF32_TABLE[row]._replace(STAGES=2) if arch == "sm120" else _TF32_TABLE[row]  # three spill there
+        return _TF32_TABLE[row]
     config = _TABLES[arch][row]
     # Decoding both sides takes more registers.
     return config._replace(BN=64) if a_format != PLAIN and config.BM == 16 else config
+
+
+def most_registers(arch: str) -> int | None:
+    """Of a thread. Where sums are in registers ptxas may spill for more programs at once unless it is told so many."""
+    return 255 if arch in ("sm80", "sm120") else None
 
 
 def splits(config: Config, m: int, n: int, k: int, processors: int) -> int:
@@ -192,8 +198,9 @@ def matmul(
     k = a.k
     device = out.device
     dtype = multiplied_as(a, b)
+    arch = architecture(device)
     if config is None:
-        config = configuration(architecture(device), m, a.format, b.format, dtype)
+        config = configuration(arch, m, a.format, b.format, dtype)
     elements, units = rows_of_units(a.elements, _row_unit(a))
     b_elements = _aligned(b.elements)
     alpha, alpha_form = global_scale_form(alpha)
@@ -230,6 +237,7 @@ def matmul(
         k,
         units,
         *cols,
+        max_registers=most_registers(arch),
         N_UNIT=n_unit,
         **constants,
     )

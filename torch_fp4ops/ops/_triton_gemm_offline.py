@@ -16,7 +16,16 @@ import triton.language as tl
 from ..formats import FORMATS, MXFP8, NVFP4
 from ..scale_layouts import LINEAR, SWIZZLED_8X4, SWIZZLED_128X4
 from ._triton_gemm import matmul_kernel, sum_splits_kernel
-from ._triton_gemm_launch import PLAIN, SUMMED_AT_ONCE, Config, Operand, configuration, constants_of, multiplied_as
+from ._triton_gemm_launch import (
+    PLAIN,
+    SUMMED_AT_ONCE,
+    Config,
+    Operand,
+    configuration,
+    constants_of,
+    most_registers,
+    multiplied_as,
+)
 from ._triton_launch import AotCase
 
 __all__ = ["Call", "MatmulCase", "Product", "aot_case", "aot_cases", "matmul_cases"]
@@ -213,4 +222,5 @@ def aot_case(arch: str, config: Config, product: Product, call: Call, label: str
     tile = f"{config.BM}x{config.BN}x{config.BK}{'s' * config.SWAP}"
     formats = f"{plain if a.format == PLAIN else a.format}-{b.format}-{product.layout}"
     name = f"{'moe' if product.grouped else 'matmul'}-{formats}-{arch}-{tile}{label}"
-    return AotCase(name, matmul_kernel, signature, constants, config.threads)
+    most = most_registers(arch)
+    return AotCase(name, matmul_kernel, signature, constants, config.threads, max_registers=most)
