@@ -110,7 +110,8 @@ def cutlass_fused_moe_triton(
     first = ep_rank * experts
     routing = route(token_selected_experts, first, experts, config.BM)
 
-    encode = (scales.get("fc1_act_global"), scales.get("fc2_act_global"))
+    # Input that comes quantised has no use for a scale.
+    encode = (scales.get("fc1_act_global") if input_sf is None else None, scales.get("fc2_act_global"))
     fc1_encode, fc2_encode = scales_by_row(token_selected_experts, first, experts, *encode)
     if input_sf is not None:
         sf_layout = scale_layouts.layout_from_flags(swizzled_input_sf, False)
