@@ -30,6 +30,9 @@ MATRIX = re.compile(r"\b(tcgen05\.mma(?!\.ws)[\w.:]*|mma\.sync[\w.:]*|wgmma\.mma
 # Denormals count in the reference, and the kernels' inputs reach into them. Two have no other form: the first guess of
 # a reciprocal, of which nothing is denormal, and powers of two, where a softmax can do without weights of 2^-126.
 FLUSHES = re.compile(r"(?<!div\.approx)(?<!ex2\.approx)\.ftz\b")
+# From compute capability 9.0 on a kernel waits for the one before it, each warp group that touches memory for itself.
+WAIT = "griddepcontrol.wait"
+TOUCHES_MEMORY = re.compile(r"(?:ld|st|atom|red)\.\S*global|cp\.async|prefetch")
 
 # Bytes that Triton 3.9 spills at most where 3.6, with which these kernels were measured, spills none; by case and target.
 SPILLED_BY_3_9 = {
@@ -110,6 +113,11 @@ def faults(wanted: Wanted, target: str, got: Compiled) -> str:
         found.append(f"{got.shared_bytes} bytes of shared memory")
     found += [f"no {pattern}" for pattern in wanted.has if not re.search(pattern, got.assembly)]
     found += [f"has {pattern}" for pattern in wanted.has_not if re.search(pattern, got.assembly)]
+    if TARGETS[target][0] == "cuda" and int(TARGETS[target][1]) >= 90:
+        waits = 3 if "setmaxnreg" in got.assembly else 1
+        early = TOUCHES_MEMORY.search(got.assembly.partition(WAIT)[0])
+        if got.assembly.count(WAIT) != waits or early:
+            found.append(f"touches memory before it waits: {early and early[0]}")
     found += [f"flushes denormals: {flush}" for flush in sorted(set(FLUSHES.findall(got.assembly)))]
     return ", ".join(found)
 

@@ -24,7 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from ._gluon import async_load, async_store, warp_group_barrier
 from ._hopper_decode import decode
 from ._hopper_plan import Plan
-from ._hopper_schedule import piece, share, tile_at
+from ._hopper_schedule import let_next_start, piece, share, tile_at, wait_for_previous
 
 __all__ = ["matmul_kernel"]
 
@@ -65,6 +65,8 @@ def _load_stage(d, s, st, pm, pn, k, KT, C: gl.constexpr):
 
 @gluon.jit
 def _loader(d, s, out, sums, alpha, M, N, tiles_m, tiles_n, TRIPS, C: gl.constexpr):
+    wait_for_previous()
+    let_next_start()
     beg, end = share(tiles_m * tiles_n, TRIPS, C.STREAM)
     KW: gl.constexpr = C.KW
     STEPS: gl.constexpr = 4 * KW
@@ -144,6 +146,7 @@ def _multiply(d, s, out, sums, alpha, M, N, tiles_m, tiles_n, TRIPS, C: gl.const
     LAST: gl.constexpr = SUB + C.R - 1
     full = s[3]
     empty = s[4]
+    wait_for_previous()
     if C.ALPHA == 1:
         factor = gl.load(alpha) * C.FACTOR  # loaded now, for at the end it would be waited for
     else:

@@ -11,7 +11,20 @@ from __future__ import annotations
 import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
 
-__all__ = ["piece", "program_at", "share", "sum_parts_kernel", "tile_at"]
+__all__ = ["let_next_start", "piece", "program_at", "share", "sum_parts_kernel", "tile_at", "wait_for_previous"]
+
+
+@gluon.jit
+def wait_for_previous():
+    """As ``_triton_prims.wait_for_previous``, to which there is more, for each warp group that touches memory."""
+    gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def let_next_start():
+    gl.inline_asm_elementwise(
+        "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )
 
 
 @gluon.jit
@@ -66,6 +79,8 @@ def sum_parts_kernel(
 
     A program is for 64 weight rows and ROWS of x.
     """
+    wait_for_previous()
+    let_next_start()
     L: gl.constexpr = gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0])
     t = gl.program_id(0) // SUBS
     sub = gl.program_id(0) % SUBS

@@ -17,6 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from ._gluon import async_load, reinterpret, warp_group_barrier
 from ._hopper_decode import decode_strip
 from ._hopper_plan import StripPlan
+from ._hopper_schedule import let_next_start, wait_for_previous
 
 __all__ = ["strips_kernel"]
 
@@ -36,6 +37,8 @@ def _first_strip(N, C: gl.constexpr):
 def _loader(d, s, out, alpha, M, N, STEPS, C: gl.constexpr):
     KS: gl.constexpr = C.KS
     BOXES: gl.constexpr = C.BOXES
+    wait_for_previous()
+    let_next_start()
     first = _first_strip(N, C)
     st = 0
     phase = 1
@@ -70,6 +73,7 @@ def _multiply(d, s, out, alpha, M, N, STEPS, C: gl.constexpr, GROUP: gl.constexp
         accs = accs + (gl.zeros([4, 16, BM], gl.float32, ACC),)  # type: ignore[assignment]  # noqa: RUF005
     SUM: gl.constexpr = gl.BlockedLayout([8, 1, BM // 8], [1, 4, 8], [1, 4, 1], [2, 1, 0])
     m = gl.arange(0, BM, gl.SliceLayout(0, gl.SliceLayout(0, SUM)))
+    wait_for_previous()
     factor = _factor(m, alpha, M, C)  # loaded now, for at the end it would be waited for
     st = GROUP
     phase = 0

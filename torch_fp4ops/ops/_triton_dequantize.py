@@ -59,6 +59,7 @@ def dequantize_kernel(
     E: tl.constexpr = 128 // out_ptr.dtype.element_ty.primitive_bitwidth
     SPLIT: tl.constexpr = BLOCK // E
     BYTES: tl.constexpr = E if FORMAT == "mxfp8" else E // 2  # of payload for a thread
+    p.wait_for_previous()
     pid = tl.program_id(0)
     # All loads come before the first store, past which the compiler moves none.
     payloads = ()

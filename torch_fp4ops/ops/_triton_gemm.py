@@ -253,6 +253,7 @@ def matmul_kernel(
     # Products with constants tell the compiler how rows are aligned, and so how wide it may load and store.
     N = n_units * N_UNIT
     tiles_n = tl.cdiv(N, BN)
+    p.wait_for_previous()
     pid = tl.program_id(0)
     if EXPERTS:
         # Rows of tiles one after the other: those of an expert follow each other and share its weights.
@@ -360,6 +361,7 @@ def sum_splits_kernel(
     BLOCK: tl.constexpr,
 ):
     """The sum of the splits, always in the same order, times alpha."""
+    p.wait_for_previous()
     N = n_units * N_UNIT
     size = M.to(tl.int64) * N
     offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

@@ -170,6 +170,7 @@ def hopper_pack_kernel(
     SIGNS: tl.constexpr = 0x80808080 if FP8 else 0x88888888
     MAGNITUDES: tl.constexpr = 0x7F7F7F7F if FP8 else 0x77777777
     N: tl.constexpr = PIECES * 256
+    p.wait_for_previous()
     pid = tl.program_id(0).to(tl.uint32)  # unsigned, so that powers of two divide by shifts
     tile = (pid // piece_groups.to(tl.uint32)).to(tl.int32)
     first = (pid % piece_groups.to(tl.uint32)).to(tl.int32) * PIECES  # 64 columns each

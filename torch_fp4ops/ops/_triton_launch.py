@@ -100,6 +100,13 @@ def _why_not_on(device_type: str, index: int | None) -> str | None:
 
 
 @functools.cache
+def _can_start_early(device: torch.device) -> bool:
+    if torch.version.hip is not None or device.type != "cuda":
+        return False
+    return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@functools.cache
 def _warp_size(device: torch.device) -> int:
     if torch.version.hip is None or device.type == "cpu":
         return 32
@@ -139,9 +146,13 @@ def launch(
 ) -> None:
     """Launch a grid of programs of so many threads on a device, which need not be the current one.
 
-    Every launch of a replayable backend is one of this function's.
+    Every launch of a replayable backend is one of this function's. From compute capability 9.0 on it is a programmatic
+    dependent one: each kernel is set up while the one before it ends, and waits for that (``wait_for_previous``)
+    before it touches memory.
     """
     options: dict[str, Any] = dict(LAUNCH_OPTIONS, num_warps=max(1, threads // _warp_size(device)))
+    if _can_start_early(device):
+        options["launch_pdl"] = True
     if max_registers is not None:
         options["maxnreg"] = max_registers
     trace = replay.tracing()

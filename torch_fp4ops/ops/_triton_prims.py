@@ -36,6 +36,26 @@ def cuda_capability(_semantic=None):
     return tl.constexpr(int(options.arch[2:]) if options.backend_name == "cuda" else 0)
 
 
+@tl.core.builtin
+def _can_start_early(_semantic=None):
+    options = _semantic.builder.options
+    return tl.constexpr(options.backend_name == "cuda" and int(options.arch[2:]) >= 90)
+
+
+@triton.jit
+def wait_for_previous():
+    """What a kernel begins with, before it touches memory: ``launch`` has it start while the one before it ends.
+
+    Returns when that has ended and all it wrote can be read. From then on the next kernel may start likewise.
+    """
+    if not INTERPRETED:
+        if _can_start_early():
+            tl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+            tl.inline_asm_elementwise(
+                "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1
+            )
+
+
 # Bits
 
 

@@ -75,6 +75,7 @@ def quantize_kernel(
     UNITS: tl.constexpr = BLOCK * DTYPE.primitive_bitwidth // 128 // SPLIT
     PAIRS: tl.constexpr = DTYPE.primitive_bitwidth == 16 and not GATED
     STEP: tl.constexpr = t.row_step(LAYOUT, R)
+    p.wait_for_previous()
     pid = tl.program_id(0)
     first, col, part = t.position(pid, col_tiles, 0, LAYOUT, R, C, SPLIT, ITERS)
     if not EVEN and t.first_row(pid, col_tiles, LAYOUT, R, ITERS) >= rows:  # nothing but padding

@@ -66,6 +66,7 @@ def rms_norm_quantize_kernel(
 ):
     BLOCK: tl.constexpr = 16 if FORMAT == "nvfp4" else 32
     UNITS: tl.constexpr = BLOCK * x_ptr.dtype.element_ty.primitive_bitwidth // 128
+    p.wait_for_previous()
     pid = tl.program_id(0)
     col = tl.arange(0, R * C) % C
     weights = ()

@@ -93,6 +93,7 @@ def route_kernel(
     CHUNK: tl.constexpr,
 ):
     """A stable counting sort by one program: count, then place."""
+    p.wait_for_previous()
     chunk = tl.arange(0, CHUNK)
     counts = tl.zeros((E,), tl.int32)
     done = rows * 0
@@ -138,6 +139,7 @@ def _scale_by_row(scales_ptr, out_ptr, row, there, expert):
 def scales_by_row_kernel(
     ids_ptr, fc1_ptr, fc2_ptr, fc1_out_ptr, fc2_out_ptr, rows, first_expert, experts, BLOCK: tl.constexpr
 ):
+    p.wait_for_previous()
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     there = row < rows
     expert = tl.load(ids_ptr + row, mask=there, other=0).to(tl.int64) - first_expert
@@ -190,6 +192,7 @@ def swiglu_kernel(
     STEP: tl.constexpr,  # SwigluStep: the limit is taken after silu
     BLOCK: tl.constexpr,
 ):
+    p.wait_for_previous()
     inter = units * _UNIT
     blocks = tl.cdiv(inter, BLOCK)
     row = (tl.program_id(0) // blocks).to(tl.int64)
@@ -273,6 +276,7 @@ def combine_kernel(
     BLOCK: tl.constexpr,
 ):
     """The weighted sum of each token's rows, always in the same order, less those of foreign experts."""
+    p.wait_for_previous()
     columns = units * _UNIT
     blocks = tl.cdiv(columns, BLOCK)
     token = (tl.program_id(0) // blocks).to(tl.int64)

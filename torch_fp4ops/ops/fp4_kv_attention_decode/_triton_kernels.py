@@ -145,6 +145,7 @@ def attend_kernel(
     BLOCK: tl.constexpr = 32 if FORMAT == "mxfp4" else 16
     DTYPE: tl.constexpr = q_ptr.dtype.element_ty
     LOWERED: tl.constexpr = (7 if DTYPE == tl.float16 else 8) if FORMAT == "nvfp4" else 0
+    p.wait_for_previous()
     pid = tl.program_id(0)
     head = (pid % heads).to(tl.int64)  # neighbours read what lies side by side
     split = pid // heads % SPLITS
@@ -218,6 +219,7 @@ def combine_kernel(
     sums_ptr, stats_ptr, out_ptr, PER: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, PADDED: tl.constexpr
 ):
     """The parts of one query head, always added up in the same order; columns to where they belong."""
+    p.wait_for_previous()
     row = tl.program_id(0).to(tl.int64)
     split = tl.arange(0, PADDED)
     stats = stats_ptr + (row * SPLITS + split) * 2

@@ -130,6 +130,7 @@ def quantize_store_kernel(
     ITERS: tl.constexpr,
 ):
     """ITERS times T rows by C sixteens of values a program; program_id(1) is 0 for keys, 1 for values."""
+    p.wait_for_previous()
     k_strides = (k_x_row, k_x_head, k_page, k_entry, k_head, k_sf_page, k_sf_entry, k_sf_head)
     v_strides = (v_x_row, v_x_head, v_page, v_entry, v_head, v_sf_page, v_sf_entry, v_sf_head)
     # fmt: off
