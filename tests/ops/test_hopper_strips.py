@@ -93,6 +93,16 @@ def test_programs_load_and_multiply_every_strip_once(fmt, s, ks):
     assert ((out[:, :n] - wanted).abs() <= 1e-5 * size + 1e-30)[~nan].all()
 
 
+def test_one_row_may_have_any_stride():
+    """TMA takes strides of whole units of 16 bytes, and a slice of one row keeps the stride of its rows."""
+    weight, scale = pack_hopper_weight(*storable(0, 128, 256, NVFP4), NVFP4)
+    x = torch.zeros(3, 261, dtype=torch.bfloat16)[:1, :256]
+    chosen = cut(STRIPS[1], 1, 128, 256, 132)
+    out = torch.empty(1, 128, dtype=torch.bfloat16)
+    with mock.patch("torch_fp4ops.ops._hopper_strips.strips_kernel", Simulated(NVFP4)):
+        _hopper_launch.multiply(x, weight, scale, NVFP4, out, None, chosen)
+
+
 @pytest.mark.parametrize("way", STRIPS, ids=lambda way: f"{way.BM}x{way.S}x{way.KS}")
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_a_stage_is_always_the_same_groups(fmt, way):

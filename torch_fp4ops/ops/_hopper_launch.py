@@ -93,7 +93,7 @@ def _multiply_tiles(
     m, n = out.shape
     plan = _plan(way, fmt.name, x.dtype, out.dtype, alpha_form)._replace(STREAM=cut.parts > 1)
     rows, words = _layout(128, 16, 2), _layout(0, 32, 2)
-    x_desc = TensorDescriptor(x, list(x.shape), [x.stride(0), 1], [plan.BM, 64], rows)
+    x_desc = TensorDescriptor(x, list(x.shape), [_row_stride(x), 1], [plan.BM, 64], rows)
     weight_descs = []
     for data, block in zip((weight, scale), _blocks(plan), strict=True):
         view = data.view(torch.int32).view(-1, block[1])
@@ -126,7 +126,7 @@ def _multiply_strips(
     m, n = out.shape
     plan = _strip_plan(way, fmt.name, x.dtype, out.dtype, alpha_form)
     x_block, *weight_blocks = _strip_blocks(plan)
-    x_desc = TensorDescriptor(x, [x.shape[1] // 64, m, 64], [64, x.stride(0), 1], x_block, _layout(128, 16, 3))
+    x_desc = TensorDescriptor(x, [x.shape[1] // 64, m, 64], [64, _row_stride(x), 1], x_block, _layout(128, 16, 3))
     steps = n // 128 * cut.trips
     codes = weight.view(torch.int32).view(steps, 2 * plan.PLANES, 4, 128)
     scales = scale.view(torch.int32).view(steps, 8, plan.SCALE_WORDS)
@@ -136,6 +136,11 @@ def _multiply_strips(
     ]
     args = (x_desc, *weight_descs, out, alpha, m, n, cut.trips)
     launch(strips_kernel, (cut.programs,), 128, out.device, *args, **plan._asdict())
+
+
+def _row_stride(rows: Tensor) -> int:
+    """Of one row alone any is right, and TMA takes few."""
+    return rows.stride(0) if rows.shape[0] > 1 else rows.shape[1]
 
 
 @functools.cache

@@ -51,12 +51,13 @@ def samples() -> Iterator[tuple[str, tuple[Any, ...], dict[str, Any]]]:
     linear = scale_layouts.unswizzle(b_sf, n, k // 16, "128x4")
     shuffled = shuffle_matrix_a(b), shuffle_matrix_sf_a(linear).view(b_sf.shape)
     yield "trtllm", (a, shuffled[0].T, a_sf, shuffled[1].T, alpha), {"b_layout": "trtllm"}
-    for fmt, m, n, k, flags in ((NVFP4, 5, 200, 432, {}), (MXFP4, 19, 128, 256, mxfp4)):
+    hopper_sizes = (("", NVFP4, 5, 200, 432, {}), ("-steps", NVFP4, 9, 144, 320, {}), ("", MXFP4, 19, 128, 256, mxfp4))
+    for name, fmt, m, n, k, flags in hopper_sizes:
         a, a_sf = fp4_quantize(values(m, m, k), scale if fmt is NVFP4 else None, **flags)
         b, b_sf = fp4_quantize(values(n, n, k), scale if fmt is NVFP4 else None, **flags, is_sf_swizzled_layout=False)
         packed, scales = pack_hopper_weight(b, b_sf, fmt)
         hopper = {"b_layout": "hopper", "block_size": fmt.block_size, "use_nvfp4": fmt is NVFP4}
-        yield f"hopper-{fmt.name}", (a, packed.T, a_sf, scales.T, alpha), hopper
+        yield f"hopper-{fmt.name}{name}", (a, packed.T, a_sf, scales.T, alpha), hopper
 
 
 def assert_close(
