@@ -241,10 +241,16 @@ def _measure_all(options: argparse.Namespace, command: str) -> list[Row]:
     floor = timing.Ceilings(options.tbps * 1e3, options.tflops, 0.0)
     facts = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "command": command}
     effort = replace(timing.QUICK, replay_us=options.replay_us)
+    one = torch.zeros(1, device=device)
+    alone = timing.time_calls([lambda: one.add_(1.0)] * timing.MOST_CALLS, device).us
 
     def timer(calls: timing.Calls) -> Callable[[], float]:
-        measured = timing.timer_of(calls, device, effort)
-        return lambda: measured().us
+        if not options.neighbour:
+            measured = timing.timer_of(calls, device, effort)
+            return lambda: measured().us
+        pairs = [each for call in calls for each in (call, lambda: one.add_(1.0))]
+        both = timing.timer_of(pairs, device, effort)
+        return lambda: 2 * both().us - alone
 
     chosen = [s for s in shapes.GEMM_TABLE if not options.weights or f"{s[0]}x{s[1]}" in options.weights]
     for rival in peers.WEIGHT_ONLY:
@@ -297,6 +303,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tbps", type=float, default=4.2, help="TB/s of the floor (default: 4.2)")
     parser.add_argument("--tflops", type=float, default=790.0, help="TFLOP/s of the floor (default: 790)")
     parser.add_argument("--replay-us", type=float, default=timing.QUICK.replay_us, help="of one replay of a short call")
+    neighbour = "put a plain kernel of one element between calls, and take its time alone off"
+    parser.add_argument("--neighbour", action="store_true", help=neighbour)
     parser.add_argument("--csv", metavar="FILE", help="write the rows, each as soon as it is there")
     parser.add_argument("--plot", metavar="DIR", help="draw maps of the speed-ups (needs matplotlib)")
     parser.add_argument("--from", dest="rows_from", metavar="FILE", help="take the rows of an earlier --csv")

@@ -151,10 +151,11 @@ def test_without_a_gpu_it_says_so(capsys, monkeypatch):
 
 
 @pytest.mark.gpu
-def test_a_small_table_on_a_gpu(tmp_path, capsys):
+@pytest.mark.parametrize("more", [[], ["--neighbour"]])
+def test_a_small_table_on_a_gpu(more, tmp_path):
     path = tmp_path / "table.csv"
     few = ["--weights", "7168x2048", "--m", "1,256", "--backends", "triton", "--peers", "marlin"]
-    assert gemm_table.main([*few, "--csv", str(path)]) == 0
+    assert gemm_table.main([*few, *more, "--csv", str(path)]) == 0
     rows = table.read_csv(path)
     assert {row.op for row in rows} == set(gemm_table.FORMATS)
     for row in rows:

@@ -51,8 +51,9 @@ def samples() -> Iterator[tuple[str, tuple[Any, ...], dict[str, Any]]]:
     linear = scale_layouts.unswizzle(b_sf, n, k // 16, "128x4")
     shuffled = shuffle_matrix_a(b), shuffle_matrix_sf_a(linear).view(b_sf.shape)
     yield "trtllm", (a, shuffled[0].T, a_sf, shuffled[1].T, alpha), {"b_layout": "trtllm"}
-    hopper_sizes = (("", NVFP4, 5, 200, 432, {}), ("-steps", NVFP4, 9, 144, 320, {}), ("", MXFP4, 19, 128, 256, mxfp4))
-    for name, fmt, m, n, k, flags in hopper_sizes:
+    hopper_sizes = (("", NVFP4, 5, 200, 432), ("-steps", NVFP4, 9, 144, 320), ("", MXFP4, 19, 128, 256))
+    for name, fmt, m, n, k in hopper_sizes:
+        flags = mxfp4 if fmt is MXFP4 else {}
         a, a_sf = fp4_quantize(values(m, m, k), scale if fmt is NVFP4 else None, **flags)
         b, b_sf = fp4_quantize(values(n, n, k), scale if fmt is NVFP4 else None, **flags, is_sf_swizzled_layout=False)
         packed, scales = pack_hopper_weight(b, b_sf, fmt)
