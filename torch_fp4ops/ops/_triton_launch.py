@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -36,6 +37,7 @@ LAYOUT_CODES = {scale_layouts.LINEAR: 0, scale_layouts.SWIZZLED_128X4: 1, scale_
 """The constants of ``_triton_tiles`` that stand for the scale layouts."""
 
 _OLDEST_CAPABILITY = (8, 0)
+EARLY_START_VARIABLE = "TORCH_FP4OPS_EARLY_START"
 
 # What CompiledKernel.run takes, which Triton's own launch spends 2 us on collecting, was the same from 3.6 to 3.9.
 _KNOWN_TO_RUN = (3, 6) <= tuple(map(int, triton.__version__.split(".")[:2])) <= (3, 9)
@@ -100,8 +102,8 @@ def _why_not_on(device_type: str, index: int | None) -> str | None:
 
 
 @functools.cache
-def _can_start_early(device: torch.device) -> bool:
-    if torch.version.hip is not None or device.type != "cuda":
+def _starts_early(device: torch.device) -> bool:
+    if torch.version.hip is not None or device.type != "cuda" or os.environ.get(EARLY_START_VARIABLE) == "0":
         return False
     return torch.cuda.get_device_capability(device) >= (9, 0)
 
@@ -147,11 +149,11 @@ def launch(
     """Launch a grid of programs of so many threads on a device, which need not be the current one.
 
     Every launch of a replayable backend is one of this function's. From compute capability 9.0 on it is a programmatic
-    dependent one: each kernel is set up while the one before it ends, and waits for that (``wait_for_previous``)
-    before it touches memory.
+    dependent one, unless ``TORCH_FP4OPS_EARLY_START=0``: each kernel is set up while the one before it ends, and waits
+    for that (``wait_for_previous``) before it touches memory.
     """
     options: dict[str, Any] = dict(LAUNCH_OPTIONS, num_warps=max(1, threads // _warp_size(device)))
-    if _can_start_early(device):
+    if _starts_early(device):
         options["launch_pdl"] = True
     if max_registers is not None:
         options["maxnreg"] = max_registers

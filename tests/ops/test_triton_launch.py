@@ -1,0 +1,56 @@
+"""Which launches are programmatic dependent ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="needs Triton")
+
+from torch_fp4ops.ops import _triton_launch
+from torch_fp4ops.ops._triton_launch import EARLY_START_VARIABLE
+
+GPU = torch.device("cuda", 0)
+
+
+class Recorded:
+    """A kernel that only says with what it was launched."""
+
+    arg_names = ("x",)
+
+    def __init__(self) -> None:
+        self.options: dict[str, Any] = {}
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return lambda *args, **options: self.options.update(options)
+
+
+@pytest.mark.parametrize(("early", "given"), [(True, {"launch_pdl": True}), (False, {})])
+def test_a_launch_says_so_only_where_kernels_start_early(monkeypatch, early, given):
+    """ROCm's launcher knows no such option."""
+    monkeypatch.setattr(_triton_launch, "_starts_early", lambda device: early)
+    kernel = Recorded()
+    _triton_launch.launch(kernel, (1,), 128, torch.device("cpu"), 1)
+    assert kernel.options == {"num_warps": 4, "enable_fp_fusion": False, **given}
+
+
+@pytest.mark.parametrize(
+    ("capability", "hip", "said", "early"),
+    [
+        ((9, 0), None, None, True),
+        ((12, 0), None, "1", True),
+        ((8, 9), None, None, False),
+        ((9, 4), "7.0", None, False),
+        ((9, 0), None, "0", False),
+    ],
+)
+def test_kernels_start_early_from_9_0_on_unless_told_otherwise(monkeypatch, capability, hip, said, early):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.delenv(EARLY_START_VARIABLE, raising=False)
+    if said is not None:
+        monkeypatch.setenv(EARLY_START_VARIABLE, said)
+    assert _triton_launch._starts_early.__wrapped__(GPU) == early
+    assert not _triton_launch._starts_early.__wrapped__(torch.device("cpu"))
