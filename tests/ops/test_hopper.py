@@ -136,7 +136,7 @@ def check_backends_hand_over_what_the_kernels_read(device: str) -> None:
                 out = op.default(*sample.args, **sample.kwargs, backend="gluon")
             assert_same_bytes(out, op.default(*sample.args, **sample.kwargs, backend="reference"), sample.name)
             count += 1
-    assert count == 5
+    assert count == 6
 
 
 @pytest.mark.parametrize("check", checks_of(globals()), ids=name_of)

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..formats import BlockFormat
 from ._hopper_plan import Plan, StripPlan
 from ._hopper_ways import STRIPS, WAYS, Cut, Strips, Way, choose
-from ._triton_launch import INTERPRETED, AotCase, global_scale_form, launch, rows_of_units
+from ._triton_launch import INTERPRETED, AotCase, global_scale_form, launch, processors, rows_of_units
 
 __all__ = ["multiply", "product", "unavailable"]
 
@@ -48,11 +48,6 @@ def unavailable(device: torch.device) -> str | None:
     return None
 
 
-@functools.cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 def product(x: Tensor, weight: Tensor, scale: Tensor, fmt: BlockFormat, out: Tensor, alpha: Tensor | None) -> None:
     """``out = (x @ w.T) * alpha``, accumulated in fp32 and rounded once.
 
@@ -66,7 +61,7 @@ def product(x: Tensor, weight: Tensor, scale: Tensor, fmt: BlockFormat, out: Ten
     n = out.shape[1]
     k = weight.shape[1] * fmt.elements_per_byte
     if out.numel():
-        cut = choose(x.shape[0], n, k, _processors(out.device), out.dtype, x.shape[1] % 64 == 0)
+        cut = choose(x.shape[0], n, k, processors(out.device), out.dtype, x.shape[1] % 64 == 0)
         multiply(x, weight, scale, fmt, out, alpha, cut)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import scale_layouts
 from ..formats import FORMATS, BlockFormat
 from ._triton_gemm import matmul_kernel, sum_splits_kernel
-from ._triton_launch import INTERPRETED, LAYOUT_CODES, global_scale_form, launch, rows_of_units
+from ._triton_launch import INTERPRETED, LAYOUT_CODES, global_scale_form, launch, processors, rows_of_units
 
 __all__ = [
     "PLAIN",
@@ -142,13 +142,6 @@ def architecture(device: torch.device) -> str:
     return {8: "sm80", 9: "sm90", 10: "sm100"}.get(major, "sm120")
 
 
-@functools.cache
-def _processors(device: torch.device) -> int:
-    if device.type == "cpu":
-        return 4
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 def configuration(arch: str, m: int, a_format: str, b_format: str, dtype: Any) -> Config:
     """The configuration of a product with m rows (of an expert, where they are grouped)."""
     row = next(i for i, most in enumerate(_ROWS) if most is None or m <= most)
@@ -217,7 +210,7 @@ def matmul(
         constants |= {"EXPERTS": True, "A_SHARE": grouping.a_share}
     else:
         if parts is None:
-            parts = splits(config, m, n, k, _processors(device))
+            parts = splits(config, m, n, k, processors(device, on_cpu=4))
         target = out if parts == 1 else out.new_empty((parts, m, n), dtype=torch.float32)
         grid = (triton.cdiv(m, config.BM) * tiles_n, parts)
         tail = (alpha, None, target, None, None)

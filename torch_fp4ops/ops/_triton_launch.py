@@ -26,6 +26,7 @@ __all__ = [
     "device_guard",
     "global_scale_form",
     "launch",
+    "processors",
     "rows_of_units",
     "why_not",
 ]
@@ -99,6 +100,12 @@ def _why_not_on(device_type: str, index: int | None) -> str | None:
         if capability < _OLDEST_CAPABILITY:
             return f"Triton kernels need compute capability 8.0 or later, not {capability[0]}.{capability[1]}"
     return None
+
+
+@functools.cache
+def processors(device: torch.device, on_cpu: int = 1) -> int:
+    """How many multiprocessors a GPU has; where kernels are interpreted, a number to cut work up by."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else on_cpu
 
 
 @functools.cache

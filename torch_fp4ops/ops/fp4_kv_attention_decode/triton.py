@@ -6,7 +6,6 @@ captured call is right for all lengths.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -18,7 +17,7 @@ from torch import Tensor
 from ...contracts import Call
 from ...formats import kv_format
 from .. import _kv
-from .._triton_launch import AotCase, launch, why_not
+from .._triton_launch import AotCase, launch, processors, why_not
 from . import fp4_kv_attention_decode
 from ._triton_kernels import NOT_SPECIALIZED, attend_kernel, combine_kernel
 
@@ -52,11 +51,6 @@ def tile_for(fmt: str, dim: int, group: int, on_hip: bool) -> Tile:
     if PER[fmt] == 8 and warps == 1 and rows == 8:
         return Tile(64, rows, 2, 32)  # fewer instructions a token, where registers last
     return Tile(16 if fmt == "plain" and dim > 64 else 32, rows, 3, 32 * min(8, warps))
-
-
-@functools.cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def splits_for(sequences: int, tokens: int, processors: int) -> int:
@@ -95,7 +89,7 @@ def attend(
     if block_tables.stride(1) != 1:
         block_tables = block_tables.contiguous()
     if splits is None:
-        splits = splits_for(batch * heads, tokens, _processors(q.device))
+        splits = splits_for(batch * heads, tokens, processors(q.device))
     group = q_heads // heads
     if tile is None:
         tile = tile_for(fmt, dim, group, torch.version.hip is not None)
