@@ -37,9 +37,15 @@ def cuda_capability(_semantic=None):
 
 
 @tl.core.builtin
-def _can_start_early(_semantic=None):
-    options = _semantic.builder.options
-    return tl.constexpr(options.backend_name == "cuda" and int(options.arch[2:]) >= 90)
+def _is_cuda(_semantic=None):
+    return tl.constexpr(_semantic.builder.options.backend_name == "cuda")
+
+
+@tl.core.builtin
+def _from_9_0_on(instruction, _semantic=None):
+    """An instruction without operands, as a comment for GPUs before compute capability 9.0."""
+    early = int(_semantic.builder.options.arch[2:]) >= 90
+    return tl.constexpr(f"{instruction.value}; // $0" if early else f"// {instruction.value}; $0")
 
 
 @triton.jit
@@ -49,11 +55,11 @@ def wait_for_previous():
     Returns when that has ended and all it wrote can be read. From then on the next kernel may start likewise.
     """
     if not INTERPRETED:
-        if _can_start_early():
-            tl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
-            tl.inline_asm_elementwise(
-                "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1
-            )
+        if _is_cuda():
+            wait: tl.constexpr = _from_9_0_on("griddepcontrol.wait")
+            start: tl.constexpr = _from_9_0_on("griddepcontrol.launch_dependents")
+            tl.inline_asm_elementwise(wait, "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+            tl.inline_asm_elementwise(start, "=r", [], dtype=tl.int32, is_pure=False, pack=1)
 
 
 # Bits
