@@ -242,7 +242,7 @@ def _measure_all(options: argparse.Namespace, command: str) -> list[Row]:
     facts = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "command": command}
     effort = replace(timing.QUICK, replay_us=options.replay_us)
     one = torch.zeros(1, device=device)
-    alone = timing.time_calls([lambda: one.add_(1.0)] * timing.MOST_CALLS, device).us
+    alone = timing.time_calls([lambda: one.add_(1.0)] * timing.MOST_CALLS, device).us if options.neighbour else 0.0
 
     def timer(calls: timing.Calls) -> Callable[[], float]:
         if not options.neighbour:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="needs Triton")
+
 import triton
 import triton.language as tl
-from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from torch_fp4ops.formats import NVFP4
 from torch_fp4ops.ops import _hopper_launch
@@ -18,6 +19,7 @@ from torch_fp4ops.ops._hopper_ways import STRIPS, WAYS, Way, cut
 from torch_fp4ops.testing import assert_same_bytes
 from torch_fp4ops.testing.samples import values
 
+from .test_every_op import tensors
 from .test_on_gpu import CASES, able, call, gpu_samples
 
 pytestmark = pytest.mark.gpu
@@ -52,10 +54,6 @@ def copy_late(source: Tensor, target: Tensor, late_ns: int = LATE_NS, early: boo
     count = whole[0].numel()
     if count:
         copy_late_kernel[(triton.cdiv(count, BLOCK),)](*whole, count, late_ns, BLOCK, launch_pdl=early)
-
-
-def tensors(tree: Any) -> list[Tensor]:
-    return [t for t in tree_leaves(tree) if isinstance(t, Tensor)]
 
 
 def eager_and_captured(work: Callable[[], list[Tensor]], blank: Callable[[], None]) -> Iterator[list[Tensor]]:

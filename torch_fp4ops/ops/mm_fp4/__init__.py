@@ -42,7 +42,7 @@ def a_layout(use_8x4_sf_layout: bool) -> str:
 _PREFERENCES = (
     _preferences.FLASHINFER,
     _preferences.TRTLLM,
-    _preferences.gluon(1.77, 0.96),
+    _preferences.gluon(1.88, 0.97),
     Preference(
         "triton",
         "cuda",
