@@ -16,6 +16,7 @@ import triton.language as tl
 from torch_fp4ops.formats import NVFP4
 from torch_fp4ops.ops import _hopper_launch
 from torch_fp4ops.ops._hopper_ways import STRIPS, WAYS, Way, cut
+from torch_fp4ops.ops._triton_gemm_launch import Operand
 from torch_fp4ops.testing import assert_same_bytes
 from torch_fp4ops.testing.samples import values
 
@@ -127,7 +128,7 @@ def test_products_wait_however_they_are_cut_up(way):
 
     def product(x: Tensor, weight: Tensor, scale: Tensor, alpha: Tensor) -> list[Tensor]:
         out = torch.empty(m, n, device="cuda", dtype=torch.bfloat16)
-        _hopper_launch.multiply(x, weight, scale, NVFP4, out, alpha, chosen)
+        _hopper_launch.multiply(Operand(x), weight, scale, NVFP4, out, alpha, chosen)
         return [out]
 
     wanted = product(*(source for source, _ in pairs))

@@ -37,6 +37,9 @@ from .rejections import assert_rejected_by_contract
 
 pytest.importorskip("triton", reason="needs Triton")
 
+from torch_fp4ops.ops._triton_dequantize import decoded
+from torch_fp4ops.ops._triton_gemm_launch import Operand
+
 
 def storable(seed: int, n: int, k: int, fmt: BlockFormat) -> tuple[Tensor, Tensor]:
     """Random codes and linear scales, with blocks of zeros and of NaN, and every NVFP4 scale."""
@@ -107,9 +110,10 @@ def check_packing_of_what_cannot_be_stored(device: str) -> None:
 
 
 def product_by_reference(
-    x: Tensor, weight: Tensor, scale: Tensor, fmt: BlockFormat, out: Tensor, alpha: Tensor | None
+    a: Operand, weight: Tensor, scale: Tensor, fmt: BlockFormat, out: Tensor, alpha: Tensor | None
 ) -> None:
     """What a launch would compute, of arguments as a launch takes them."""
+    x = decoded(a, torch.bfloat16)
     assert weight.is_contiguous() and scale.is_contiguous() and out.is_contiguous()
     assert weight.dtype == scale.dtype == torch.uint8 and x.dtype in (torch.bfloat16, torch.float16)
     assert scale.shape == (weight.shape[0], weight.shape[1] * fmt.elements_per_byte // fmt.block_size)
@@ -171,7 +175,7 @@ def test_products_of_every_code_and_scale(m, n, k, fmt, half):
     weight, scale = (t.cuda() for t in pack_hopper_weight(codes, scales, fmt))
     for out_dtype, factor in ((torch.bfloat16, None), (torch.float32, alpha), (torch.float16, alpha[:1])):
         out = torch.full((m, weight.shape[0]), 1e4, dtype=out_dtype, device="cuda")
-        product(x.cuda(), weight, scale, fmt, out, None if factor is None else factor.cuda())
+        product(Operand(x.cuda()), weight, scale, fmt, out, None if factor is None else factor.cuda())
         out = out.cpu()
         nan = values_of.isnan().any(1)
         assert out[:, :n][:, nan].isnan().all() and not out[:, n:].any() and 0 < nan.sum() < n

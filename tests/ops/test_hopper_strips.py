@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 from unittest import mock
 
 import pytest
 import torch
 
+from torch_fp4ops import scale_layouts
 from torch_fp4ops.block_quantization import dequantize_blocks
 from torch_fp4ops.formats import FORMATS, MXFP4, MXFP8, NVFP4
-from torch_fp4ops.hopper_layout import pack_hopper_weight, unpack_hopper_weight
+from torch_fp4ops.hopper_layout import hopper_size, pack_hopper_weight, unpack_hopper_weight
+from torch_fp4ops.testing import assert_same_bytes
 
 from .test_hopper import storable, values
 
 pytest.importorskip("triton.experimental.gluon", reason="needs Gluon")
 
 from torch_fp4ops.ops import _hopper_launch, _hopper_ways
-from torch_fp4ops.ops._hopper_ways import STRIPS, WAYS, Strips, choose, cut
+from torch_fp4ops.ops._hopper_ways import STRIPS, WAYS, Strips, choose, cut, decodes_rows
+from torch_fp4ops.ops._triton_dequantize import decoded as decoded_before
+from torch_fp4ops.ops._triton_gemm_launch import Operand
 
 
 def box(descriptor, at):
@@ -40,6 +45,15 @@ def decoded(codes, scales, fmt):
     return dequantize_blocks(*unpack_hopper_weight(*packed, fmt), fmt)[:64, :64].view(4, 16, 64)
 
 
+def decoded_rows(codes, scales, units, cols, layout, m, k_steps, fmt):
+    per_step = 64 // fmt.elements_per_byte
+    rows = torch.as_strided(codes.view(torch.uint8), (m, k_steps * per_step), (16 * units, 1)).contiguous()
+    blocks = k_steps * 64 // fmt.block_size
+    assert cols == scale_layouts.scale_shape(m, blocks, layout)[1]
+    steps = scale_layouts.unswizzle(scales.view(torch.uint8), m, blocks, layout)
+    return dequantize_blocks(rows.view(torch.float8_e4m3fn) if fmt is MXFP8 else rows, steps, fmt)
+
+
 class Simulated:
     """In place of ``strips_kernel``: its loads, its division of K among warps and its sums."""
 
@@ -49,15 +63,23 @@ class Simulated:
     def __getitem__(self, grid):
         return lambda *args, **constants: [self.program(i, *args, **constants) for i in range(*grid)]
 
-    def program(self, i, x_desc, codes_desc, scales_desc, out, alpha, m, n, steps, **constants):
+    def program(
+        self, i, x_desc, codes_desc, scales_desc, x_codes, x_scales, x_units, x_cols, out, alpha, m, n, k_steps, steps,
+        **constants,
+    ):  # fmt: skip
         s, ks, stages = constants["S"], constants["KS"], constants["STAGES"]
         width = codes_desc.block_shape[2]
         pieces = codes_desc.block_shape[1]
         assert steps % ks == 0 and s % width == 0 and stages * ks * pieces >= constants["BM"]  # room for the sums
         first = min(i * s, n // 16 - s)
         sums = torch.zeros(s, 8, 16, constants["BM"])
+        if x_desc is None:
+            layout = "128x4" if constants["X_LAYOUT"] == 1 else "8x4"
+            rows = decoded_rows(x_codes, x_scales, x_units, x_cols, layout, m, k_steps, self.fmt)
+            x_of = torch.zeros(steps, constants["BM"], 64)
+            x_of[:k_steps, :m] = rows.view(m, k_steps, 64).transpose(0, 1)
         for k in range(0, steps, ks):
-            x = box(x_desc, [k, 0, 0]).float()
+            x = box(x_desc, [k, 0, 0]).float() if x_desc is not None else x_of[k : k + ks]
             for j in range(s):
                 strip = first + j // width * width
                 row = strip // 8 * steps + k
@@ -67,6 +89,8 @@ class Simulated:
                     w = decoded(codes[q : q + 4], scales[q : q + 4], self.fmt)
                     group = k // ks % 2 * 4
                     sums[j, group : group + 4] += w @ x[q : q + 4].mT
+        # What is decoded there of NVFP4 is 2^-7 of what it stands for, as the weight is.
+        assert constants["FACTOR"] == (2.0**7 if self.fmt is NVFP4 else 1.0) ** (1 if x_desc is not None else 2)
         result = sums.sum(1).view(s * 16, -1)[:, :m].T * (1 if alpha is None else alpha.reshape(-1, 1))
         out[:, first * 16 : (first + s) * 16] = result
 
@@ -84,13 +108,77 @@ def test_programs_load_and_multiply_every_strip_once(fmt, s, ks):
     alpha = torch.tensor([0.5, 2.0, -1.0])
     way = Strips(8, s, ks, 4, start=4.0, strip=0.02)
     with mock.patch("torch_fp4ops.ops._hopper_strips.strips_kernel", Simulated(fmt)):
-        _hopper_launch.multiply(x, weight, scale, fmt, out, alpha, cut(way, m, weight.shape[0], 512, 132))
+        _hopper_launch.multiply(Operand(x), weight, scale, fmt, out, alpha, cut(way, m, weight.shape[0], 512, 132))
     codes = codes.view(torch.float8_e4m3fn) if fmt is MXFP8 else codes
     wanted = x.double() @ dequantize_blocks(codes, scales, fmt).double().T * alpha.view(-1, 1)
     size = x.double().abs() @ dequantize_blocks(codes, scales, fmt).double().abs().T * alpha.abs().view(-1, 1)
     nan = wanted.isnan()
     assert torch.equal(out[:, :n].isnan(), nan) and not nan.all() and not out[:, n:].any()
     assert ((out[:, :n] - wanted).abs() <= 1e-5 * size + 1e-30)[~nan].all()
+
+
+def quantized_rows(m, k, fmt, layout, seed, device="cpu"):
+    """Any codes but NaN, and any scales that leave products finite."""
+    g = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 256, (m, k // fmt.elements_per_byte), generator=g, dtype=torch.uint8)
+    if fmt is MXFP8:
+        codes[(codes & 0x7F) == 0x7F] = 0x3F
+    low, high = (0, 0x7F) if fmt is NVFP4 else (100, 140)
+    shape = scale_layouts.scale_shape(m, k // fmt.block_size, layout)
+    scales = torch.randint(low, high, shape, generator=g, dtype=torch.uint8)
+    return Operand.of(fmt, codes.to(device), scales.to(device), layout)
+
+
+@pytest.mark.parametrize("fmt", [NVFP4, MXFP4, MXFP8], ids=lambda fmt: fmt.name)
+@pytest.mark.parametrize("layout", ["128x4", "8x4"])
+def test_programs_read_the_rows_that_they_decode(fmt, layout):
+    m, n, k = 9, 128, 448
+    codes, scales = storable(3, n, k, fmt)
+    scales = torch.where((scales & 0x7F) == 0x7F, 0x3F, scales)
+    weight, scale = pack_hopper_weight(codes, scales, fmt)
+    rows = quantized_rows(m, k, fmt, layout, 4)
+    way = Strips(16, 4, 4, 4, start=4.0, strip=0.02)
+    assert decodes_rows(way, fmt.name, k)
+    out = torch.empty(m, n)
+    with mock.patch("torch_fp4ops.ops._hopper_strips.strips_kernel", Simulated(fmt)):
+        _hopper_launch.multiply(rows, weight, scale, fmt, out, None, cut(way, m, n, 512, 132))
+    unswizzled = scale_layouts.unswizzle(rows.scales, m, k // fmt.block_size, layout)
+    x = dequantize_blocks(rows.elements.view(torch.float8_e4m3fn) if fmt is MXFP8 else rows.elements, unswizzled, fmt)
+    w = dequantize_blocks(codes.view(torch.float8_e4m3fn) if fmt is MXFP8 else codes, scales, fmt)
+    wanted = x.double() @ w.double().T
+    size = x.double().abs() @ w.double().abs().T
+    assert ((out - wanted).abs() <= 1e-5 * size + 1e-30).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fmt", [NVFP4, MXFP4, MXFP8], ids=lambda fmt: fmt.name)
+@pytest.mark.parametrize("way", STRIPS[::3], ids=lambda way: f"{way.BM}x{way.S}x{way.KS}")
+def test_rows_decoded_in_the_product_are_those_decoded_before(fmt, way):
+    """Bit for bit, also where programs are many and calls follow each other; NaN and infinite scales included."""
+    if _hopper_launch.unavailable(torch.device("cuda", 0)):
+        pytest.skip("needs compute capability 9.0")
+    if not decodes_rows(way, fmt.name, 512):
+        pytest.skip("rows are decoded before")
+    compared = 0
+    for seed, (m, n, k) in enumerate([(1, 896, 512), (way.BM, 2048 * way.S, 1088), (way.BM - 3, 256, 4096)]):
+        chosen = cut(way, m, n, hopper_size(n, k)[1], 132)
+        if chosen is None:
+            continue
+        n = max(n, 128)
+        codes, scales = storable(seed, n, k, fmt)
+        weight, scale = (t.cuda() for t in pack_hopper_weight(codes, scales, fmt))
+        for layout, any_scale in itertools.product(("128x4", "8x4"), (False, True)):
+            rows = quantized_rows(m, k, fmt, layout, seed, "cuda")
+            if any_scale:
+                rows = rows._replace(scales=torch.randint_like(rows.scales, 0, 256))
+            outs = [torch.full((m, weight.shape[0]), 7.0, device="cuda") for _ in range(4)]
+            for i, out in enumerate(outs):
+                a = rows if i < 3 else Operand(decoded_before(rows, torch.bfloat16))
+                _hopper_launch.multiply(a, weight, scale, fmt, out, None, chosen)
+            for out in outs[:3]:
+                assert_same_bytes(out.nan_to_num(nan=12345.0), outs[3].nan_to_num(nan=12345.0))
+            compared += 1
+    assert compared
 
 
 def test_one_row_may_have_any_stride():
@@ -100,15 +188,16 @@ def test_one_row_may_have_any_stride():
     chosen = cut(STRIPS[1], 1, 128, 256, 132)
     out = torch.empty(1, 128, dtype=torch.bfloat16)
     with mock.patch("torch_fp4ops.ops._hopper_strips.strips_kernel", Simulated(NVFP4)):
-        _hopper_launch.multiply(x, weight, scale, NVFP4, out, None, chosen)
+        _hopper_launch.multiply(Operand(x), weight, scale, NVFP4, out, None, chosen)
 
 
 @pytest.mark.parametrize("way", STRIPS, ids=lambda way: f"{way.BM}x{way.S}x{way.KS}")
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_a_stage_is_always_the_same_groups(fmt, way):
     """Groups wait for the parity of a stage's phase, and see only every second phase of a stage that they share."""
-    plan = _hopper_launch._strip_plan(way, fmt, torch.bfloat16, torch.bfloat16, 1)
-    assert plan.STAGES % 2 == 0 and 2 <= plan.STAGES <= way.STAGES
+    for x_layout in (0, 1):
+        plan = _hopper_launch._strip_plan(way, fmt, torch.bfloat16, x_layout, 1)
+        assert plan.STAGES % 2 == 0 and 2 <= plan.STAGES <= way.STAGES
 
 
 def test_strips_need_steps_of_64():

@@ -15,6 +15,7 @@ pytest.importorskip("triton.experimental.gluon", reason="needs Gluon")
 
 from torch_fp4ops.ops import _hopper_launch
 from torch_fp4ops.ops._hopper_ways import WAYS, Cut, Way, choose, cut
+from torch_fp4ops.ops._triton_gemm_launch import Operand
 
 PROCESSORS = 132
 
@@ -76,7 +77,7 @@ def _check(chosen: Cut, m: int, n: int, k: int, fmt: BlockFormat) -> None:
 
     def product() -> Tensor:
         out = torch.full((m, n), torch.nan, device="cuda", dtype=torch.bfloat16)
-        _hopper_launch.multiply(x, weight, scale, fmt, out, alpha, chosen)
+        _hopper_launch.multiply(Operand(x), weight, scale, fmt, out, alpha, chosen)
         return out
 
     first = product()

@@ -14,10 +14,13 @@ import torch
 import triton
 from torch import Tensor
 
+from .. import scale_layouts
 from ..formats import BlockFormat
 from ._hopper_plan import Plan, StripPlan
-from ._hopper_ways import STRIPS, WAYS, Cut, Strips, Way, choose
-from ._triton_launch import INTERPRETED, AotCase, global_scale_form, launch, processors, rows_of_units
+from ._hopper_ways import STRIPS, WAYS, Cut, Strips, Way, choose, decodes_rows
+from ._triton_dequantize import decoded
+from ._triton_gemm_launch import Operand
+from ._triton_launch import INTERPRETED, LAYOUT_CODES, AotCase, global_scale_form, launch, processors, rows_of_units
 
 __all__ = ["multiply", "product", "unavailable"]
 
@@ -25,8 +28,9 @@ _CAPABILITY = (9, 0)
 
 _REGISTERS = {1: (None, 240), 2: (80, 104)}
 """By resident programs: the registers a thread that a program starts with, and those of its warp groups later."""
-_STRIP_REGISTERS, _STRIP_LOADER_REGISTERS = 232, 40
-"""The same for strips, one program to a multiprocessor, whose loading warp has more places to remember."""
+_STRIP_REGISTERS = {False: (232, 40, 0), True: (192, 48, 80)}
+"""Of strips, one program to a multiprocessor, by whether x is decoded there: those of the two warp groups that
+multiply, of the warp that loads, which has more places to remember than with tiles, and of the group that decodes."""
 _SHARED_BYTES = 227 * 1024
 _BARRIER_BYTES = 3072  # generously
 
@@ -48,11 +52,11 @@ def unavailable(device: torch.device) -> str | None:
     return None
 
 
-def product(x: Tensor, weight: Tensor, scale: Tensor, fmt: BlockFormat, out: Tensor, alpha: Tensor | None) -> None:
-    """``out = (x @ w.T) * alpha``, accumulated in fp32 and rounded once.
+def product(a: Operand, weight: Tensor, scale: Tensor, fmt: BlockFormat, out: Tensor, alpha: Tensor | None) -> None:
+    """``out = (a @ w.T) * alpha``, accumulated in fp32 and rounded once.
 
     Args:
-        x: bfloat16 ``[m, k]``, or float16 for NVFP4.
+        a: ``[m, k]``, bfloat16, or float16 for NVFP4, or quantised to ``fmt`` with swizzled scales.
         weight, scale: bytes of the layout "hopper", ``[n, K / elements a byte]`` and ``[n, K / block_size]``, with n a
             multiple of 128 and K, k rounded up to 256.
         out: bfloat16, float16 or float32 ``[m, n]``, contiguous.
@@ -61,18 +65,21 @@ def product(x: Tensor, weight: Tensor, scale: Tensor, fmt: BlockFormat, out: Ten
     n = out.shape[1]
     k = weight.shape[1] * fmt.elements_per_byte
     if out.numel():
-        cut = choose(x.shape[0], n, k, processors(out.device), out.dtype, x.shape[1] % 64 == 0)
-        multiply(x, weight, scale, fmt, out, alpha, cut)
+        cut = choose(out.shape[0], n, k, processors(out.device), out.dtype, a.k % 64 == 0)
+        multiply(a, weight, scale, fmt, out, alpha, cut)
 
 
 def multiply(
-    x: Tensor, weight: Tensor, scale: Tensor, fmt: BlockFormat, out: Tensor, alpha: Tensor | None, cut: Cut
+    a: Operand, weight: Tensor, scale: Tensor, fmt: BlockFormat, out: Tensor, alpha: Tensor | None, cut: Cut
 ) -> None:
     """``product``, cut up in a given way."""
-    x, _ = rows_of_units(x)
     alpha, alpha_form = global_scale_form(alpha)
-    by_kind = _multiply_strips if isinstance(cut.way, Strips) else _multiply_tiles
-    by_kind(x, weight, scale, fmt, out, alpha, alpha_form, cut)
+    if a.scales is not None and not decodes_rows(cut.way, fmt.name, a.k):
+        a = Operand(decoded(a, torch.bfloat16))
+    if isinstance(cut.way, Strips):
+        _multiply_strips(a, weight, scale, fmt, out, alpha, alpha_form, cut)
+    else:
+        _multiply_tiles(a.elements, weight, scale, fmt, out, alpha, alpha_form, cut)
 
 
 def _multiply_tiles(
@@ -83,6 +90,7 @@ def _multiply_tiles(
     from ._hopper_gemm import matmul_kernel
     from ._hopper_schedule import sum_parts_kernel
 
+    x, _ = rows_of_units(x)
     way = cut.way
     assert isinstance(way, Way)
     m, n = out.shape
@@ -110,7 +118,7 @@ def _multiply_tiles(
 
 
 def _multiply_strips(
-    x: Tensor, weight: Tensor, scale: Tensor, fmt: BlockFormat, out: Tensor, alpha: Any, alpha_form: int, cut: Cut
+    a: Operand, weight: Tensor, scale: Tensor, fmt: BlockFormat, out: Tensor, alpha: Any, alpha_form: int, cut: Cut
 ) -> None:
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
@@ -119,9 +127,18 @@ def _multiply_strips(
     way = cut.way
     assert isinstance(way, Strips)
     m, n = out.shape
-    plan = _strip_plan(way, fmt.name, x.dtype, out.dtype, alpha_form)
+    x, x_units = rows_of_units(a.elements)
+    x_layout = 0 if a.scales is None else LAYOUT_CODES[a.layout]
+    plan = _strip_plan(way, fmt.name, x.dtype, x_layout, alpha_form)
     x_block, *weight_blocks = _strip_blocks(plan)
-    x_desc = TensorDescriptor(x, [x.shape[1] // 64, m, 64], [64, _row_stride(x), 1], x_block, _layout(128, 16, 3))
+    rows: tuple[Any, ...]
+    if a.scales is None:
+        shape, strides = [a.k // 64, m, 64], [64, _row_stride(x), 1]
+        rows = (TensorDescriptor(x, shape, strides, x_block, _layout(128, 16, 3)), None, None, 0, 0)
+    else:
+        x = x.as_strided(x.shape, (16 * x_units, 1)).view(torch.int32)
+        x_cols = scale_layouts.scale_shape(m, a.k // fmt.block_size, a.layout)[1]
+        rows = (None, x, a.scales.view(-1).view(torch.int32), x_units, x_cols)
     steps = n // 128 * cut.trips
     codes = weight.view(torch.int32).view(steps, 2 * plan.PLANES, 4, 128)
     scales = scale.view(torch.int32).view(steps, 8, plan.SCALE_WORDS)
@@ -129,7 +146,7 @@ def _multiply_strips(
         TensorDescriptor(words, list(words.shape), list(words.stride()), block, _layout(0, 32, words.dim()))
         for words, block in zip((codes, scales), weight_blocks, strict=True)
     ]
-    args = (x_desc, *weight_descs, out, alpha, m, n, cut.trips)
+    args = (rows[0], *weight_descs, *rows[1:], out, alpha, m, n, a.k // 64, cut.trips)
     launch(strips_kernel, (cut.programs,), 128, out.device, *args, **plan._asdict())
 
 
@@ -184,9 +201,10 @@ def _plan(way: Way, fmt: str, dtype: torch.dtype, out_dtype: torch.dtype, alpha_
     return plan._replace(STAGES=min(way.STAGES * way.KS // plan.KS, most))
 
 
-def _strip_plan(way: Strips, fmt: str, dtype: torch.dtype, out_dtype: torch.dtype, alpha_form: int) -> StripPlan:
+def _strip_plan(way: Strips, fmt: str, dtype: torch.dtype, x_layout: int, alpha_form: int) -> StripPlan:
     from ._hopper_decode import FACTORS
 
+    registers = _STRIP_REGISTERS[x_layout > 0]
     plan = StripPlan(
         FMT=fmt,
         HALF=dtype == torch.float16,
@@ -194,10 +212,12 @@ def _strip_plan(way: Strips, fmt: str, dtype: torch.dtype, out_dtype: torch.dtyp
         S=way.S,
         KS=way.KS,
         STAGES=way.STAGES,
+        X_LAYOUT=x_layout,
         ALPHA=alpha_form,
-        FACTOR=FACTORS[fmt],
-        REGISTERS=_STRIP_REGISTERS,
-        LOADER_REGISTERS=_STRIP_LOADER_REGISTERS,
+        FACTOR=FACTORS[fmt] ** (2 if x_layout else 1),
+        REGISTERS=registers[0],
+        LOADER_REGISTERS=registers[1],
+        DECODER_REGISTERS=registers[2],
     )
     room = _SHARED_BYTES - _BARRIER_BYTES
     return plan._replace(STAGES=min(way.STAGES, room // plan.STAGE_BYTES // 2 * 2))
@@ -241,9 +261,14 @@ def offline_cases() -> Iterator[AotCase]:
         yield AotCase(f"hopper-sum-{bm}x{parts}", sum_parts_kernel, signature, constants, 128, ("N",))
     for strips in STRIPS:
         yield _offline_strips(strips, "nvfp4")
+        for fmt in ("nvfp4", "mxfp8"):
+            if decodes_rows(strips, fmt, 256):
+                yield _offline_strips(strips, fmt, x_layout=1)
     for strips in (STRIPS[0], STRIPS[-1]):
         yield _offline_strips(strips, "mxfp4")
         yield _offline_strips(strips, "mxfp8")
+    yield _offline_strips(STRIPS[0], "mxfp4", x_layout=1)
+    yield _offline_strips(STRIPS[0], "nvfp4", x_layout=2)
     yield _offline_strips(STRIPS[-1], "nvfp4", torch.float16, torch.float32, alpha_form=2)
 
 
@@ -287,19 +312,26 @@ def _offline_strips(
     fmt: str,
     dtype: torch.dtype = torch.bfloat16,
     out_dtype: torch.dtype = torch.bfloat16,
+    x_layout: int = 0,
     alpha_form: int = 1,
 ) -> AotCase:
     from ._hopper_strips import strips_kernel
 
-    plan = _strip_plan(way, fmt, dtype, out_dtype, alpha_form)
+    plan = _strip_plan(way, fmt, dtype, x_layout, alpha_form)
+    constants: dict[str, Any] = plan._asdict()
     x_block, codes_block, scales_block = _strip_blocks(plan)
+    rows = {"x_desc": f"tensordesc<{_TYPES[dtype]}{x_block},{_layout(128, 16, 3)!r}>"}
+    if x_layout:
+        rows = {"x": "*i32", "x_scales": "*i32"}
+    constants |= dict.fromkeys({"x_desc", "x", "x_scales"} - rows.keys())
     signature = {
-        "x_desc": f"tensordesc<{_TYPES[dtype]}{x_block},{_layout(128, 16, 3)!r}>",
+        **rows,
         "codes_desc": f"tensordesc<i32{codes_block},{_layout(0, 32, 4)!r}>",
         "scales_desc": f"tensordesc<i32{scales_block},{_layout(0, 32, 3)!r}>",
         "out": f"*{_TYPES[out_dtype]}",
         "alpha": "*fp32",
-        **dict.fromkeys(("M", "N", "STEPS"), "i32"),
+        **dict.fromkeys(("x_units", "x_cols", "M", "N", "K_STEPS", "STEPS"), "i32"),
     }
-    name = f"hopper-strips-{fmt}-{_TYPES[dtype]}-{_TYPES[out_dtype]}-{way.BM}x{way.S}x{way.KS}"
-    return AotCase(name, strips_kernel, signature, plan._asdict(), 128, ("N",))
+    given = f"x{x_layout}" if x_layout else _TYPES[dtype]
+    name = f"hopper-strips-{fmt}-{given}-{_TYPES[out_dtype]}-{way.BM}x{way.S}x{way.KS}"
+    return AotCase(name, strips_kernel, signature, constants, 128, ("N",))

@@ -92,11 +92,15 @@ class StripPlan(NamedTuple):
     """Steps of 64 along K a stage, a multiple of 4."""
     STAGES: int
     """An even number: then each is always the same group's, which a wait for a parity needs."""
+    X_LAYOUT: int
+    """0 where x has 16 bits; where it is quantised as the weight is, the code of its scales' layout."""
     ALPHA: int
     FACTOR: float
     REGISTERS: int
     """A thread of the warp groups that multiply."""
     LOADER_REGISTERS: int
+    DECODER_REGISTERS: int
+    """A thread of the warp group that decodes x, if it is quantised."""
 
     @property
     def BOX(self) -> int:
@@ -118,5 +122,30 @@ class StripPlan(NamedTuple):
         return 8 * (2 if self.FMT == "nvfp4" else 1)
 
     @property
+    def UNIT_WORDS(self) -> int:
+        """Words of codes for 16 elements of x."""
+        return 4 if self.FMT == "mxfp8" else 2
+
+    @property
+    def ROW_SCALES(self) -> int:
+        """Scales of a row of x for a step, which are loaded as one word."""
+        return 4 if self.FMT == "nvfp4" else 2
+
+    @property
+    def ROWS_AHEAD(self) -> int:
+        """Stages whose rows of x are read ahead of being decoded: as many as there are registers for."""
+        return 512 // (self.KS * self.BM * self.UNIT_WORDS)
+
+    @property
+    def ROWS_BYTES(self) -> int:
+        """Rows of x of a stage."""
+        return self.KS * self.BM * 128
+
+    @property
+    def WEIGHT_BYTES(self) -> int:
+        """The weight's part of a stage."""
+        return self.KS * self.S * (self.PLANES * 512 + self.SCALE_WORDS * 4)
+
+    @property
     def STAGE_BYTES(self) -> int:
-        return self.KS * (self.BM * 128 + self.S * (self.PLANES * 512 + self.SCALE_WORDS * 4))
+        return self.ROWS_BYTES + self.WEIGHT_BYTES

@@ -17,14 +17,17 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from ._gluon import async_load, reinterpret, warp_group_barrier
 from ._hopper_decode import decode_strip
 from ._hopper_plan import StripPlan
+from ._hopper_rows import rows_decoder
 from ._hopper_schedule import let_next_start, wait_for_previous
 
 __all__ = ["strips_kernel"]
 
 
 @gluon.constexpr_function
-def _plan(FMT, HALF, BM, S, KS, STAGES, ALPHA, FACTOR, REGISTERS, LOADER_REGISTERS):
-    return StripPlan(FMT, HALF, BM, S, KS, STAGES, ALPHA, FACTOR, REGISTERS, LOADER_REGISTERS)
+def _plan(FMT, HALF, BM, S, KS, STAGES, X_LAYOUT, ALPHA, FACTOR, REGISTERS, LOADER_REGISTERS, DECODER_REGISTERS):
+    return StripPlan(
+        FMT, HALF, BM, S, KS, STAGES, X_LAYOUT, ALPHA, FACTOR, REGISTERS, LOADER_REGISTERS, DECODER_REGISTERS
+    )
 
 
 @gluon.jit
@@ -45,8 +48,11 @@ def _loader(d, s, out, alpha, M, N, STEPS, C: gl.constexpr):
     for k in range(0, STEPS, KS):
         full = s[3].index(st)
         mbarrier.wait(s[4].index(st), phase)
-        mbarrier.expect(full, C.STAGE_BYTES)
-        async_load(d[0], [k, 0, 0], full, s[0].index(st))
+        if C.X_LAYOUT == 0:
+            mbarrier.expect(full, C.STAGE_BYTES)
+            async_load(d[0], [k, 0, 0], full, s[0].index(st))
+        else:
+            mbarrier.expect(full, C.WEIGHT_BYTES)
         for b in gl.static_range(BOXES):
             strip = first + b * C.BOX
             row = strip // 8 * STEPS + k
@@ -141,23 +147,27 @@ def _group1(d, s, out, alpha, M, N, STEPS, C: gl.constexpr):
     _multiply(d, s, out, alpha, M, N, STEPS, C, 1)
 
 
-@gluon.jit(do_not_specialize=["M", "STEPS"])
+@gluon.jit(do_not_specialize=["x_units", "x_cols", "M", "K_STEPS", "STEPS"])
 def strips_kernel(
-    x_desc, codes_desc, scales_desc, out, alpha, M, N, STEPS,
+    x_desc, codes_desc, scales_desc, x, x_scales, x_units, x_cols, out, alpha, M, N, K_STEPS, STEPS,
     FMT: gl.constexpr, HALF: gl.constexpr, BM: gl.constexpr, S: gl.constexpr, KS: gl.constexpr,
-    STAGES: gl.constexpr, ALPHA: gl.constexpr, FACTOR: gl.constexpr,
-    REGISTERS: gl.constexpr, LOADER_REGISTERS: gl.constexpr,
+    STAGES: gl.constexpr, X_LAYOUT: gl.constexpr, ALPHA: gl.constexpr, FACTOR: gl.constexpr,
+    REGISTERS: gl.constexpr, LOADER_REGISTERS: gl.constexpr, DECODER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """``out = (x @ w.T) * alpha`` for M up to BM; N is a multiple of 128, STEPS of KS, 64 times STEPS the padded K.
 
-    Descriptors are those of ``_hopper_launch``.
+    Descriptors are those of ``_hopper_launch``. Rows of x come by ``x_desc``; or with ``X_LAYOUT`` as words ``x`` of
+    codes, ``x_units`` of 16 bytes from row to row, and bytes ``x_scales``, ``x_cols`` a padded row, for K_STEPS steps.
     """
-    C: gl.constexpr = _plan(FMT, HALF, BM, S, KS, STAGES, ALPHA, FACTOR, REGISTERS, LOADER_REGISTERS)
+    C: gl.constexpr = _plan(
+        FMT, HALF, BM, S, KS, STAGES, X_LAYOUT, ALPHA, FACTOR, REGISTERS, LOADER_REGISTERS, DECODER_REGISTERS
+    )
     LOADS: gl.constexpr = STAGES * C.BOXES
     BOX: gl.constexpr = C.BOX
     PLANES: gl.constexpr = C.PLANES
     SCALE_WORDS: gl.constexpr = C.SCALE_WORDS
-    xs = gl.allocate_shared_memory(gl.float16 if HALF else gl.bfloat16, [STAGES, KS, BM, 64], x_desc.layout)
+    ROWS: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=3)
+    xs = gl.allocate_shared_memory(gl.float16 if HALF else gl.bfloat16, [STAGES, KS, BM, 64], ROWS)
     codes = gl.allocate_shared_memory(gl.int32, [LOADS, KS, PLANES, BOX, 128], codes_desc.layout)
     scales = gl.allocate_shared_memory(gl.int32, [LOADS, KS, BOX, SCALE_WORDS], scales_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -165,15 +175,23 @@ def strips_kernel(
     done = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     given = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(full.index(i), count=1 if X_LAYOUT == 0 else 2)
         mbarrier.init(empty.index(i), count=1)
     mbarrier.init(done, count=2)
     mbarrier.init(given, count=2)
     fence_async_shared()
     d = (x_desc, codes_desc, scales_desc)
     s = (xs, codes, scales, full, empty, done, given)
-    gl.warp_specialize([
-        (_group0, (d, s, out, alpha, M, N, STEPS, C)),
-        (_group1, (d, s, out, alpha, M, N, STEPS, C)),
-        (_loader, (d, s, out, alpha, M, N, STEPS, C)),
-    ], [4, 1], [REGISTERS, LOADER_REGISTERS])  # fmt: skip
+    if X_LAYOUT == 0:
+        gl.warp_specialize([
+            (_group0, (d, s, out, alpha, M, N, STEPS, C)),
+            (_group1, (d, s, out, alpha, M, N, STEPS, C)),
+            (_loader, (d, s, out, alpha, M, N, STEPS, C)),
+        ], [4, 1], [REGISTERS, LOADER_REGISTERS])  # fmt: skip
+    else:
+        gl.warp_specialize([
+            (_group0, (d, s, out, alpha, M, N, STEPS, C)),
+            (_group1, (d, s, out, alpha, M, N, STEPS, C)),
+            (rows_decoder, (s, x, x_scales, x_units, x_cols, M, K_STEPS, STEPS, C)),
+            (_loader, (d, s, out, alpha, M, N, STEPS, C)),
+        ], [4, 4, 1], [REGISTERS, DECODER_REGISTERS, LOADER_REGISTERS])  # fmt: skip

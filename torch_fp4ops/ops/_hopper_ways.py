@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 import triton
 
-__all__ = ["STRIPS", "WAYS", "Cut", "Strips", "Way", "choose", "cut"]
+__all__ = ["STRIPS", "WAYS", "Cut", "Strips", "Way", "choose", "cut", "decodes_rows"]
 
 
 class Way(NamedTuple):
@@ -102,6 +102,19 @@ STRIPS = tuple(
 )
 _STRIPS_STEP, _NEXT_PASS = 0.004, 5.0
 _SUM_START, _SUM_BYTES_PER_US = 1.2, 6e6
+
+
+def decodes_rows(way: Way | Strips, fmt: str, k: int) -> bool:
+    """Whether quantised rows of x are decoded in the product, not by a kernel before, which takes 2 us.
+
+    There each program decodes all of them. With MXFP8 weights, twice as large, that is hidden where strips are many or
+    rows few; with FP4 it takes 13 (8 rows) or 28 ns (16) for 1024 elements, and much more beside many strips.
+    """
+    if not isinstance(way, Strips):
+        return False
+    if fmt == "mxfp8":
+        return way.BM == 8 or way.S > 2
+    return way.S <= 4 and way.BM * k <= (1 << 17 if way.BM == 8 else 1 << 16)
 
 
 class Cut(NamedTuple):

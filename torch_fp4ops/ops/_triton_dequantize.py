@@ -20,6 +20,7 @@ from .. import scale_layouts
 from ..formats import FORMATS, NVFP4, BlockFormat
 from . import _triton_prims as p
 from . import _triton_tiles as t
+from ._triton_gemm_launch import Operand
 from ._triton_launch import (
     INTERPRETED,
     LAYOUT_CODES,
@@ -115,10 +116,12 @@ def shipped_tilings(layout: str, split: int) -> list[Tiling]:
     return list(dict.fromkeys(_tiling_on_gpu(layout, 1 << i, 1 << 8, split) for i in range(20)))
 
 
-def decoded(payload: Tensor, scales: Tensor, fmt: BlockFormat, layout: str, dtype: torch.dtype) -> Tensor:
-    """A quantised matrix without its global scale, for a product: 16 bits hold each code times its scale."""
-    out = torch.empty(payload.shape[0], payload.shape[1] * fmt.elements_per_byte, dtype=dtype, device=payload.device)
-    dequantize_rows(payload, scales, fmt, layout, None, False, out)
+def decoded(operand: Operand, dtype: torch.dtype) -> Tensor:
+    """A side of a product as it is, or decoded without its global scale: 16 bits hold each code times its scale."""
+    if operand.scales is None:
+        return operand.elements
+    out = torch.empty(operand.elements.shape[0], operand.k, dtype=dtype, device=operand.elements.device)
+    dequantize_rows(operand.elements, operand.scales, FORMATS[operand.format], operand.layout, None, False, out)
     return out
 
 

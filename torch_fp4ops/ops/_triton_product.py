@@ -21,7 +21,7 @@ from ..hopper_layout import hopper_size
 from ._hopper_launch import product as hopper_product
 from ._hopper_launch import unavailable as hopper_unavailable
 from ._triton_dequantize import decoded
-from ._triton_gemm_launch import PLAIN, Operand, architecture, matmul, multiplied_as
+from ._triton_gemm_launch import Operand, architecture, matmul, multiplied_as
 from ._triton_hopper_pack import pack_hopper
 from ._triton_launch import INTERPRETED
 
@@ -41,9 +41,9 @@ def product(a: Operand, b: Operand, out: Tensor, alpha: Tensor | None = None) ->
         return
     if _packs_first(b, out):
         weight, scale = _packed(b)
-        hopper_product(_decoded(a, dtype), weight, scale, FORMATS[b.format], out, alpha)
+        hopper_product(a, weight, scale, FORMATS[b.format], out, alpha)
         return
-    a_decoded, b_decoded = _decoded(a, dtype), _decoded(b, dtype).t()
+    a_decoded, b_decoded = decoded(a, dtype), decoded(b, dtype).t()
     if alpha is None and out.dtype == dtype:
         torch.mm(a_decoded, b_decoded, out=out)
         return
@@ -72,10 +72,3 @@ def _packed(b: Operand) -> tuple[Tensor, Tensor]:
     assert b.scales is not None
     pack_hopper(b.elements, b.scales, NVFP4, b.layout, weight, scale)
     return weight, scale
-
-
-def _decoded(operand: Operand, dtype: torch.dtype) -> Tensor:
-    if operand.format == PLAIN:
-        return operand.elements
-    assert operand.scales is not None
-    return decoded(operand.elements, operand.scales, FORMATS[operand.format], operand.layout, dtype)

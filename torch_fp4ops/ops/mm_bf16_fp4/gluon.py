@@ -8,6 +8,7 @@ from torch import Tensor
 from ...contracts import Call
 from ...formats import MXFP4, NVFP4
 from .._hopper import product, why_not
+from .._triton_gemm_launch import Operand
 from . import mm_bf16_fp4
 
 
@@ -32,5 +33,5 @@ def mm_bf16_fp4_gluon(
 ) -> Tensor:
     out = a.new_empty((a.shape[0], b.shape[0]), dtype=out_dtype or a.dtype)
     fmt = NVFP4 if block_size == NVFP4.block_size else MXFP4
-    product(a, b, b_descale.view(b.shape[0], -1), fmt, out, alpha)
+    product(Operand(a), b, b_descale.view(b.shape[0], -1), fmt, out, alpha)
     return out

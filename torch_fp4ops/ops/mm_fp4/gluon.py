@@ -1,4 +1,4 @@
-"""mm_fp4 in Gluon: compute capability 9.0, weights of b_layout "hopper". Activations are decoded first."""
+"""mm_fp4 in Gluon: compute capability 9.0, weights of b_layout "hopper"."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...formats import MXFP4, NVFP4
 from .._hopper import product, why_not
-from .._triton_dequantize import decoded
+from .._triton_gemm_launch import Operand
 from . import a_layout, mm_fp4
 
 
@@ -29,6 +29,6 @@ def mm_fp4_gluon(
     fmt = NVFP4 if use_nvfp4 else MXFP4
     weight = b.T
     out = a.new_empty((a.shape[0], weight.shape[0]), dtype=out_dtype)
-    x = decoded(a, a_descale, fmt, a_layout(use_8x4_sf_layout), torch.bfloat16)
-    product(x, weight, b_descale.t().view(weight.shape[0], -1), fmt, out, alpha)
+    rows = Operand.of(fmt, a, a_descale, a_layout(use_8x4_sf_layout))
+    product(rows, weight, b_descale.t().view(weight.shape[0], -1), fmt, out, alpha)
     return out

@@ -1,4 +1,4 @@
-"""mm_mxfp8 in Gluon: compute capability 9.0, weights of b_layout "hopper". Activations are decoded first."""
+"""mm_mxfp8 in Gluon: compute capability 9.0, weights of b_layout "hopper"."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...formats import MXFP8
 from .._hopper import product, why_not
-from .._triton_dequantize import decoded
+from .._triton_gemm_launch import Operand
 from ..mm_fp4 import a_layout
 from . import mm_mxfp8
 
@@ -26,6 +26,6 @@ def mm_mxfp8_gluon(
 ) -> Tensor:
     weight = b.T.view(torch.uint8)
     out = a.new_empty((a.shape[0], weight.shape[0]), dtype=out_dtype)
-    x = decoded(a, a_descale, MXFP8, a_layout(use_8x4_sf_layout), torch.bfloat16)
-    product(x, weight, b_descale.view(weight.shape[0], -1), MXFP8, out, None)
+    rows = Operand.of(MXFP8, a, a_descale, a_layout(use_8x4_sf_layout))
+    product(rows, weight, b_descale.view(weight.shape[0], -1), MXFP8, out, None)
     return out
