@@ -19,7 +19,7 @@ from .test_hopper import storable, values
 pytest.importorskip("triton.experimental.gluon", reason="needs Gluon")
 
 from torch_fp4ops.ops import _hopper_launch, _hopper_ways
-from torch_fp4ops.ops._hopper_ways import STRIPS, WAYS, Strips, choose, cut, decodes_rows
+from torch_fp4ops.ops._hopper_ways import STRIPS, WAYS, Strips, choose, cut, decoding
 from torch_fp4ops.ops._triton_dequantize import decoded as decoded_before
 from torch_fp4ops.ops._triton_gemm_launch import Operand
 
@@ -138,7 +138,7 @@ def test_programs_read_the_rows_that_they_decode(fmt, layout):
     weight, scale = pack_hopper_weight(codes, scales, fmt)
     rows = quantized_rows(m, k, fmt, layout, 4)
     way = Strips(16, 4, 4, 4, start=4.0, strip=0.02)
-    assert decodes_rows(way, fmt.name, k)
+    assert decoding(way, fmt.name, k) == next(each for each in STRIPS if each[:3] == (16, 4, 4))
     out = torch.empty(m, n)
     with mock.patch("torch_fp4ops.ops._hopper_strips.strips_kernel", Simulated(fmt)):
         _hopper_launch.multiply(rows, weight, scale, fmt, out, None, cut(way, m, n, 512, 132))
@@ -157,7 +157,7 @@ def test_rows_decoded_in_the_product_are_those_decoded_before(fmt, way):
     """Bit for bit, also where programs are many and calls follow each other; NaN and infinite scales included."""
     if _hopper_launch.unavailable(torch.device("cuda", 0)):
         pytest.skip("needs compute capability 9.0")
-    if not decodes_rows(way, fmt.name, 512):
+    if decoding(way, fmt.name, 512) != way:
         pytest.skip("rows are decoded before")
     compared = 0
     for seed, (m, n, k) in enumerate([(1, 896, 512), (way.BM, 2048 * way.S, 1088), (way.BM - 3, 256, 4096)]):
@@ -198,6 +198,16 @@ def test_a_stage_is_always_the_same_groups(fmt, way):
     for x_layout in (0, 1):
         plan = _hopper_launch._strip_plan(way, fmt, torch.bfloat16, x_layout, 1)
         assert plan.STAGES % 2 == 0 and 2 <= plan.STAGES <= way.STAGES
+
+
+@pytest.mark.parametrize("way", [*STRIPS, WAYS[0]], ids=lambda way: f"{way.BM}x{way.KS}")
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_what_decodes_rows_is_cut_up_alike(fmt, way):
+    for k in (512, 4096, 8192, 28672):
+        own = decoding(way, fmt, k)
+        assert own is None or (own in STRIPS and own[:2] == way[:2] and k // 64 % own.KS == 0)
+        assert decoding(way, fmt, 512) is not None or own is None
+    assert isinstance(way, Strips) or own is None
 
 
 def test_strips_need_steps_of_64():

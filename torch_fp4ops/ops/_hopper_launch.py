@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import scale_layouts
 from ..formats import BlockFormat
 from ._hopper_plan import Plan, StripPlan
-from ._hopper_ways import STRIPS, WAYS, Cut, Strips, Way, choose, decodes_rows
+from ._hopper_ways import STRIPS, WAYS, Cut, Strips, Way, choose, decoding
 from ._triton_dequantize import decoded
 from ._triton_gemm_launch import Operand
 from ._triton_launch import INTERPRETED, LAYOUT_CODES, AotCase, global_scale_form, launch, processors, rows_of_units
@@ -74,8 +74,12 @@ def multiply(
 ) -> None:
     """``product``, cut up in a given way."""
     alpha, alpha_form = global_scale_form(alpha)
-    if a.scales is not None and not decodes_rows(cut.way, fmt.name, a.k):
-        a = Operand(decoded(a, torch.bfloat16))
+    if a.scales is not None:
+        way = decoding(cut.way, fmt.name, a.k)
+        if way is not None:
+            cut = cut._replace(way=way)
+        else:
+            a = Operand(decoded(a, torch.bfloat16))
     if isinstance(cut.way, Strips):
         _multiply_strips(a, weight, scale, fmt, out, alpha, alpha_form, cut)
     else:
@@ -262,7 +266,7 @@ def offline_cases() -> Iterator[AotCase]:
     for strips in STRIPS:
         yield _offline_strips(strips, "nvfp4")
         for fmt in ("nvfp4", "mxfp8"):
-            if decodes_rows(strips, fmt, 256):
+            if decoding(strips, fmt, 256) == strips:
                 yield _offline_strips(strips, fmt, x_layout=1)
     for strips in (STRIPS[0], STRIPS[-1]):
         yield _offline_strips(strips, "mxfp4")

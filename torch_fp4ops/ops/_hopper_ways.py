@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 import triton
 
-__all__ = ["STRIPS", "WAYS", "Cut", "Strips", "Way", "choose", "cut", "decodes_rows"]
+__all__ = ["STRIPS", "WAYS", "Cut", "Strips", "Way", "choose", "cut", "decoding"]
 
 
 class Way(NamedTuple):
@@ -104,17 +104,19 @@ _STRIPS_STEP, _NEXT_PASS = 0.004, 5.0
 _SUM_START, _SUM_BYTES_PER_US = 1.2, 6e6
 
 
-def decodes_rows(way: Way | Strips, fmt: str, k: int) -> bool:
-    """Whether quantised rows of x are decoded in the product, not by a kernel before, which takes 2 us.
+def decoding(way: Way | Strips, fmt: str, k: int) -> Strips | None:
+    """The strips in which a product in this way decodes quantised rows of x of k itself.
 
-    There each program decodes all of them. With MXFP8 weights, twice as large, that is hidden where strips are many or
-    rows few; with FP4 it takes 13 (8 rows) or 28 ns (16) for 1024 elements, and much more beside many strips.
+    None where a kernel before does, which takes about 2 us. In the product each program decodes all rows, which many
+    weights of MXFP8 hide, and large products of FP4, whose weights take as much of the same instructions, do not.
     """
     if not isinstance(way, Strips):
-        return False
-    if fmt == "mxfp8":
-        return way.BM == 8 or way.S > 2
-    return way.S <= 4 and way.BM * k <= (1 << 17 if way.BM == 8 else 1 << 16)
+        return None
+    few = way.BM * k <= 1 << 16 and (way.BM == 8 or way.S > 2)
+    if not (few or way.BM == 8 or way.S >= 8 if fmt == "mxfp8" else few and way.S <= 8):
+        return None
+    # For 16 rows shorter stages are quicker: the first is decoded sooner.
+    return way if way.BM == 8 else next(each for each in STRIPS if each[:3] == (way.BM, way.S, 4))
 
 
 class Cut(NamedTuple):
