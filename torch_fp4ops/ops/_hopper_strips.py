@@ -157,7 +157,8 @@ def strips_kernel(
     """``out = (x @ w.T) * alpha`` for M up to BM; N is a multiple of 128, STEPS of KS, 64 times STEPS the padded K.
 
     Descriptors are those of ``_hopper_launch``. Rows of x come by ``x_desc``; or with ``X_LAYOUT`` as words ``x`` of
-    codes, ``x_units`` of 16 bytes from row to row, and bytes ``x_scales``, ``x_cols`` a padded row, for K_STEPS steps.
+    codes, ``x_units`` of 16 bytes from row to row, and words ``x_scales`` of four scales, ``x_cols`` scales a padded
+    row, for K_STEPS steps.
     """
     C: gl.constexpr = _plan(
         FMT, HALF, BM, S, KS, STAGES, X_LAYOUT, ALPHA, FACTOR, REGISTERS, LOADER_REGISTERS, DECODER_REGISTERS
