@@ -40,7 +40,7 @@ def _contract(call: Call) -> Out:
 
 _PREFERENCES = (
     _preferences.FLASHINFER,
-    _preferences.gluon(2.25, 1.05),
+    _preferences.gluon(2.26, 1.05),
     Preference(
         "triton",
         "cuda",
