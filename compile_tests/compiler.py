@@ -221,8 +221,9 @@ def _compile(case: Any, gpu: Any, options: dict[str, Any], share: bool) -> tuple
 def _for_target(llir: str, gpu: Any) -> str:
     """The same but for what kernels begin with, which is a comment before compute capability 9.0."""
     for instruction in ("griddepcontrol.wait", "griddepcontrol.launch_dependents"):
-        both = f"// {instruction}; $0", f"{instruction}; // $0"
-        llir = llir.replace(*(both if gpu.arch >= 90 else both[::-1]))
+        for either in (80, 90):
+            forms = (_triton_prims.from_9_0_on(instruction, capability) for capability in (either, gpu.arch))
+            llir = llir.replace(*forms)
     return llir
 
 

@@ -164,7 +164,6 @@ def test_rows_decoded_in_the_product_are_those_decoded_before(fmt, way):
         chosen = cut(way, m, n, hopper_size(n, k)[1], 132)
         if chosen is None:
             continue
-        n = max(n, 128)
         codes, scales = storable(seed, n, k, fmt)
         weight, scale = (t.cuda() for t in pack_hopper_weight(codes, scales, fmt))
         for layout, any_scale in itertools.product(("128x4", "8x4"), (False, True)):

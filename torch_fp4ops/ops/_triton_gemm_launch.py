@@ -159,12 +159,12 @@ def most_registers(arch: str) -> int | None:
     return 255 if arch in ("sm80", "sm120") else None
 
 
-def splits(config: Config, m: int, n: int, k: int, processors: int) -> int:
+def splits(config: Config, m: int, n: int, k: int, multiprocessors: int) -> int:
     """Into how many parts K goes: a power of two that gives every processor two programs, each with four K-tiles."""
     if not config.SPLIT:
         return 1
     tiles = triton.cdiv(m, config.BM) * triton.cdiv(n, config.BN)
-    most = min(2 * processors // max(tiles, 1), k // config.BK // 4, 16)
+    most = min(2 * multiprocessors // max(tiles, 1), k // config.BK // 4, 16)
     return 1 << (most.bit_length() - 1) if most > 1 else 1
 
 

@@ -41,11 +41,14 @@ def _is_cuda(_semantic=None):
     return tl.constexpr(_semantic.builder.options.backend_name == "cuda")
 
 
+def from_9_0_on(instruction, capability):
+    """Assembly of an instruction without operands: a comment for GPUs before compute capability 9.0, given as 90."""
+    return f"{instruction}; // $0" if capability >= 90 else f"// {instruction}; $0"
+
+
 @tl.core.builtin
 def _from_9_0_on(instruction, _semantic=None):
-    """An instruction without operands, as a comment for GPUs before compute capability 9.0."""
-    early = int(_semantic.builder.options.arch[2:]) >= 90
-    return tl.constexpr(f"{instruction.value}; // $0" if early else f"// {instruction.value}; $0")
+    return tl.constexpr(from_9_0_on(instruction.value, int(_semantic.builder.options.arch[2:])))
 
 
 @triton.jit
