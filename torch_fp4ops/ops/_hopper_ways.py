@@ -113,7 +113,11 @@ def decoding(way: Way | Strips, fmt: str, k: int) -> Strips | None:
     if not isinstance(way, Strips):
         return None
     few = way.BM * k <= 1 << 16 and (way.BM == 8 or way.S > 2)
-    if not (few or way.BM == 8 or way.S >= 8 if fmt == "mxfp8" else few and way.S <= 8):
+    if fmt == "mxfp8":
+        here = few or way.BM == 8 or way.S >= 8
+    else:
+        here = few and way.S <= 8
+    if not here:
         return None
     # For 16 rows shorter stages are quicker: the first is decoded sooner.
     return way if way.BM == 8 else next(each for each in STRIPS if each[:3] == (way.BM, way.S, 4))

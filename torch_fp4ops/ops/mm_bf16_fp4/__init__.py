@@ -44,7 +44,7 @@ _PREFERENCES = (
     Preference(
         "triton",
         "cuda",
-        "reads plain weights; NVIDIA H200: as fast as bf16 in cuBLAS up to 64 rows of NVFP4, 0.8 times above, where "
+        "reads plain weights; NVIDIA H200: 0.9 times as fast as bf16 in cuBLAS up to 64 rows, 0.8 times above, where "
         "weights are packed for Gluon's kernel or decoded for cuBLAS; the reference multiplies in fp32",
     ),
 )
