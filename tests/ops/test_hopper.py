@@ -154,6 +154,10 @@ def test_on_a_gpu(check):
     check("cuda")
 
 
+def dequantized(codes: Tensor, scales: Tensor, fmt: BlockFormat) -> Tensor:
+    return dequantize_blocks(codes.view(torch.float8_e4m3fn) if fmt is MXFP8 else codes, scales, fmt)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("m", [1, 8, 13, 64, 129, 300])
 @pytest.mark.parametrize(("n", "k"), [(200, 288), (384, 2080)])
@@ -169,7 +173,7 @@ def test_products_of_every_code_and_scale(m, n, k, fmt, half):
         scales[0, 3], scales[129, 0] = 0x7F, 0xFF
     clean = torch.arange(n) % 3 > 0  # leave rows without NaN
     scales[clean] = torch.where((scales[clean] & 0x7F) == 0x7F, 0x3F, scales[clean])
-    values_of = dequantize_blocks(codes.view(torch.float8_e4m3fn) if fmt is MXFP8 else codes, scales, fmt)
+    values_of = dequantized(codes, scales, fmt)
     x = values(m, m, k, dtype=torch.float16 if half else torch.bfloat16)
     alpha = torch.rand(m, generator=torch.Generator().manual_seed(m)) + 0.5
     weight, scale = (t.cuda() for t in pack_hopper_weight(codes, scales, fmt))

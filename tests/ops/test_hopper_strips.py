@@ -14,7 +14,7 @@ from torch_fp4ops.formats import FORMATS, MXFP4, MXFP8, NVFP4
 from torch_fp4ops.hopper_layout import hopper_size, pack_hopper_weight, unpack_hopper_weight
 from torch_fp4ops.testing import assert_same_bytes
 
-from .test_hopper import storable, values
+from .test_hopper import dequantized, storable, values
 
 pytest.importorskip("triton.experimental.gluon", reason="needs Gluon")
 
@@ -51,7 +51,7 @@ def decoded_rows(codes, scales, units, cols, layout, m, k_steps, fmt):
     blocks = k_steps * 64 // fmt.block_size
     assert cols == scale_layouts.scale_shape(m, blocks, layout)[1]
     steps = scale_layouts.unswizzle(scales.view(torch.uint8), m, blocks, layout)
-    return dequantize_blocks(rows.view(torch.float8_e4m3fn) if fmt is MXFP8 else rows, steps, fmt)
+    return dequantized(rows, steps, fmt)
 
 
 class Simulated:
@@ -109,21 +109,21 @@ def test_programs_load_and_multiply_every_strip_once(fmt, s, ks):
     way = Strips(8, s, ks, 4, start=4.0, strip=0.02)
     with mock.patch("torch_fp4ops.ops._hopper_strips.strips_kernel", Simulated(fmt)):
         _hopper_launch.multiply(Operand(x), weight, scale, fmt, out, alpha, cut(way, m, weight.shape[0], 512, 132))
-    codes = codes.view(torch.float8_e4m3fn) if fmt is MXFP8 else codes
-    wanted = x.double() @ dequantize_blocks(codes, scales, fmt).double().T * alpha.view(-1, 1)
-    size = x.double().abs() @ dequantize_blocks(codes, scales, fmt).double().abs().T * alpha.abs().view(-1, 1)
+    w = dequantized(codes, scales, fmt).double()
+    wanted = x.double() @ w.T * alpha.view(-1, 1)
+    size = x.double().abs() @ w.abs().T * alpha.abs().view(-1, 1)
     nan = wanted.isnan()
     assert torch.equal(out[:, :n].isnan(), nan) and not nan.all() and not out[:, n:].any()
     assert ((out[:, :n] - wanted).abs() <= 1e-5 * size + 1e-30)[~nan].all()
 
 
-def quantized_rows(m, k, fmt, layout, seed, device="cpu"):
-    """Any codes but NaN, and any scales that leave products finite."""
+def quantized_rows(m, k, fmt, layout, seed, device="cpu", any_scale=False):
+    """Any codes but NaN, and any scales, or any that leave products finite."""
     g = torch.Generator().manual_seed(seed)
     codes = torch.randint(0, 256, (m, k // fmt.elements_per_byte), generator=g, dtype=torch.uint8)
     if fmt is MXFP8:
         codes[(codes & 0x7F) == 0x7F] = 0x3F
-    low, high = (0, 0x7F) if fmt is NVFP4 else (100, 140)
+    low, high = (0, 256) if any_scale else (0, 0x7F) if fmt is NVFP4 else (100, 140)
     shape = scale_layouts.scale_shape(m, k // fmt.block_size, layout)
     scales = torch.randint(low, high, shape, generator=g, dtype=torch.uint8)
     return Operand.of(fmt, codes.to(device), scales.to(device), layout)
@@ -143,10 +143,9 @@ def test_programs_read_the_rows_that_they_decode(fmt, layout):
     with mock.patch("torch_fp4ops.ops._hopper_strips.strips_kernel", Simulated(fmt)):
         _hopper_launch.multiply(rows, weight, scale, fmt, out, None, cut(way, m, n, 512, 132))
     unswizzled = scale_layouts.unswizzle(rows.scales, m, k // fmt.block_size, layout)
-    x = dequantize_blocks(rows.elements.view(torch.float8_e4m3fn) if fmt is MXFP8 else rows.elements, unswizzled, fmt)
-    w = dequantize_blocks(codes.view(torch.float8_e4m3fn) if fmt is MXFP8 else codes, scales, fmt)
-    wanted = x.double() @ w.double().T
-    size = x.double().abs() @ w.double().abs().T
+    x, w = dequantized(rows.elements, unswizzled, fmt).double(), dequantized(codes, scales, fmt).double()
+    wanted = x @ w.T
+    size = x.abs() @ w.abs().T
     assert ((out - wanted).abs() <= 1e-5 * size + 1e-30).all()
 
 
@@ -167,9 +166,7 @@ def test_rows_decoded_in_the_product_are_those_decoded_before(fmt, way):
         codes, scales = storable(seed, n, k, fmt)
         weight, scale = (t.cuda() for t in pack_hopper_weight(codes, scales, fmt))
         for layout, any_scale in itertools.product(("128x4", "8x4"), (False, True)):
-            rows = quantized_rows(m, k, fmt, layout, seed, "cuda")
-            if any_scale:
-                rows = rows._replace(scales=torch.randint_like(rows.scales, 0, 256))
+            rows = quantized_rows(m, k, fmt, layout, seed, "cuda", any_scale)
             outs = [torch.full((m, weight.shape[0]), 7.0, device="cuda") for _ in range(4)]
             for i, out in enumerate(outs):
                 a = rows if i < 3 else Operand(decoded_before(rows, torch.bfloat16))
@@ -181,13 +178,17 @@ def test_rows_decoded_in_the_product_are_those_decoded_before(fmt, way):
 
 
 def test_one_row_may_have_any_stride():
-    """TMA takes strides of whole units of 16 bytes, and a slice of one row keeps the stride of its rows."""
+    """A slice of one row keeps the stride of its rows; TMA takes those of whole 16 bytes, a view as words whole words."""
     weight, scale = pack_hopper_weight(*storable(0, 128, 256, NVFP4), NVFP4)
-    x = torch.zeros(3, 261, dtype=torch.bfloat16)[:1, :256]
     chosen = cut(STRIPS[1], 1, 128, 256, 132)
-    out = torch.empty(1, 128, dtype=torch.bfloat16)
-    with mock.patch("torch_fp4ops.ops._hopper_strips.strips_kernel", Simulated(NVFP4)):
-        _hopper_launch.multiply(Operand(x), weight, scale, NVFP4, out, None, chosen)
+    for rows in (Operand(values(0, 1, 256)), quantized_rows(1, 256, NVFP4, "128x4", 1)):
+        elements = rows.elements.new_zeros(3, 261)[:1, : rows.elements.shape[1]]
+        elements.copy_(rows.elements)
+        outs = torch.empty(2, 1, 128, dtype=torch.bfloat16)
+        with mock.patch("torch_fp4ops.ops._hopper_strips.strips_kernel", Simulated(NVFP4)):
+            for out, given in zip(outs, (rows, rows._replace(elements=elements)), strict=True):
+                _hopper_launch.multiply(given, weight, scale, NVFP4, out, None, chosen)
+        assert torch.equal(*outs.nan_to_num(nan=7.0))
 
 
 @pytest.mark.parametrize("way", STRIPS, ids=lambda way: f"{way.BM}x{way.S}x{way.KS}")

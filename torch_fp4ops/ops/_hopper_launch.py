@@ -94,13 +94,13 @@ def _multiply_tiles(
     from ._hopper_gemm import matmul_kernel
     from ._hopper_schedule import sum_parts_kernel
 
-    x, _ = rows_of_units(x)
+    x, _ = _whole_rows(x)
     way = cut.way
     assert isinstance(way, Way)
     m, n = out.shape
     plan = _plan(way, fmt.name, x.dtype, out.dtype, alpha_form)._replace(STREAM=cut.parts > 1)
     rows, words = _layout(128, 16, 2), _layout(0, 32, 2)
-    x_desc = TensorDescriptor(x, list(x.shape), [_row_stride(x), 1], [plan.BM, 64], rows)
+    x_desc = TensorDescriptor(x, list(x.shape), [x.stride(0), 1], [plan.BM, 64], rows)
     weight_descs = []
     for data, block in zip((weight, scale), _blocks(plan), strict=True):
         view = data.view(torch.int32).view(-1, block[1])
@@ -131,18 +131,17 @@ def _multiply_strips(
     way = cut.way
     assert isinstance(way, Strips)
     m, n = out.shape
-    x, x_units = rows_of_units(a.elements)
+    x, x_units = _whole_rows(a.elements)
     x_layout = 0 if a.scales is None else LAYOUT_CODES[a.layout]
     plan = _strip_plan(way, fmt.name, x.dtype, x_layout, alpha_form)
     x_block, *weight_blocks = _strip_blocks(plan)
     rows: tuple[Any, ...]
     if a.scales is None:
-        shape, strides = [a.k // 64, m, 64], [64, _row_stride(x), 1]
+        shape, strides = [a.k // 64, m, 64], [64, x.stride(0), 1]
         rows = (TensorDescriptor(x, shape, strides, x_block, _layout(128, 16, 3)), None, None, 0, 0)
     else:
-        x = x.as_strided(x.shape, (16 * x_units, 1)).view(torch.int32)
         x_cols = scale_layouts.scale_shape(m, a.k // fmt.block_size, a.layout)[1]
-        rows = (None, x, a.scales.view(-1).view(torch.int32), x_units, x_cols)
+        rows = (None, x.view(torch.int32), a.scales.view(-1).view(torch.int32), x_units, x_cols)
     steps = n // 128 * cut.trips
     codes = weight.view(torch.int32).view(steps, 2 * plan.PLANES, 4, 128)
     scales = scale.view(torch.int32).view(steps, 8, plan.SCALE_WORDS)
@@ -154,9 +153,10 @@ def _multiply_strips(
     launch(strips_kernel, (cut.programs,), 128, out.device, *args, **plan._asdict())
 
 
-def _row_stride(rows: Tensor) -> int:
-    """Of one row alone any is right, and TMA takes few."""
-    return rows.stride(0) if rows.shape[0] > 1 else rows.shape[1]
+def _whole_rows(x: Tensor) -> tuple[Tensor, int]:
+    """As :func:`rows_of_units`; one row alone may have any stride, which neither TMA nor a view as words takes."""
+    rows, units = rows_of_units(x)
+    return rows.as_strided(rows.shape, (16 * units // rows.element_size(), 1)), units
 
 
 @functools.cache

@@ -53,9 +53,9 @@ def tile_for(fmt: str, dim: int, group: int, on_hip: bool) -> Tile:
     return Tile(16 if fmt == "plain" and dim > 64 else 32, rows, 3, 32 * min(8, warps))
 
 
-def splits_for(sequences: int, tokens: int, processors: int) -> int:
+def splits_for(sequences: int, tokens: int, multiprocessors: int) -> int:
     """Into how many parts to cut ``sequences`` (times kv heads) of at most so many tokens."""
-    wanted = triton.cdiv(_PROGRAMS * processors, sequences)
+    wanted = triton.cdiv(_PROGRAMS * multiprocessors, sequences)
     return max(1, min(wanted, triton.cdiv(tokens, _FEWEST_TOKENS), _MOST_SPLITS))
 
 
