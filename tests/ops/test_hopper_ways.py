@@ -21,7 +21,8 @@ PROCESSORS = 132
 
 
 def name_of(way: Way) -> str:
-    return f"{way.BM}x{way.rows}x{way.KS}-{way.KW}-{way.STAGES}{'-stream' * way.STREAM}-{way.RESIDENT}"
+    flags = "-stream" * way.STREAM + "-once" * way.ONCE
+    return f"{way.BM}x{way.rows}x{way.KS}-{way.KW}-{way.STAGES}-{way.AHEAD}{flags}-{way.RESIDENT}"
 
 
 ways = pytest.mark.parametrize("way", WAYS, ids=name_of)
@@ -32,9 +33,9 @@ formats = pytest.mark.parametrize("fmt", FORMATS.values(), ids=lambda fmt: fmt.n
 @formats
 def test_stages_are_enough_and_have_room(way, fmt):
     plan = _hopper_launch._plan(way, fmt.name, torch.bfloat16, torch.bfloat16, 1)
-    # Groups that take turns have stages of their own, and with wgmma each waits for its next before it gives one back.
-    assert plan.STAGES % plan.KW == 0
-    assert (1 if plan.MMA else 2) <= plan.STAGES // plan.KW
+    assert plan.STAGES % plan.KW == 0  # groups that take turns have stages of their own
+    assert (plan.KW if plan.MMA else plan.LEAST_STAGES) <= plan.STAGES
+    assert plan.AHEAD + plan.R <= 3 and not (plan.ONCE and (plan.STREAM or plan.KW > 1 or plan.R > 1))
     used = plan.STAGES * plan.STAGE_BYTES + plan.RESULT_BYTES + _hopper_launch._BARRIER_BYTES
     assert used <= _hopper_launch._SHARED_BYTES // way.RESIDENT
 
@@ -56,8 +57,13 @@ def test_a_way_is_right_and_always_the_same(way, fmt):
     trip = 256 * way.KW
     rows_of_all = 5 * processors * way.RESIDENT * way.rows // 2 // 256 * 256
     cuts = []
-    # Few tiles, and more than there are places for at a time.
-    for m, n, k in ((2 * way.BM - 3, 768, 4 * trip), (way.BM - 1, rows_of_all, 2 * trip)):
+    # Few tiles; more than there are places for at a time; the last one almost empty and fewer steps than stages.
+    few, many, short = (
+        (2 * way.BM - 3, 768, 4 * trip),
+        (way.BM - 1, rows_of_all, 2 * trip),
+        (way.BM + way.BM // 4, 768, trip),
+    )
+    for m, n, k in (few, many, short):
         chosen = cut(way, m, n, k, processors)
         if chosen is not None:
             cuts.append(chosen)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
 
-__all__ = ["FACTORS", "decode", "decode_strip", "scale_words"]
+__all__ = ["FACTORS", "decode", "decode_strip", "fetch", "scale_words"]
 
 FACTORS = {"nvfp4": 2.0**7, "mxfp4": 1.0, "mxfp8": 1.0}
 
@@ -86,10 +86,10 @@ def _fp8_asm(row):
 
 
 @gluon.jit
-def decode(codes, scales, OPERAND: gl.constexpr, FMT: gl.constexpr, HALF: gl.constexpr):
-    """A 64 x 64 tile in shared memory to a tensor of layout ``OPERAND``, bfloat16 or (``HALF``) float16.
+def fetch(codes, scales, FMT: gl.constexpr):
+    """Each thread's words of a 64 x 64 tile in shared memory, of codes and of scales, to registers. For four warps.
 
-    ``codes``: int32 [8 or 16, 64] of 256 bytes a row; ``scales``: int32 [1, 64 or 32]. For four warps.
+    ``codes``: int32 [8 or 16, 64] of 256 bytes a row; ``scales``: int32 [1, 64 or 32].
     """
     W: gl.constexpr = scale_words(FMT)
     SCALES: gl.constexpr = gl.DistributedLinearLayout(
@@ -105,6 +105,12 @@ def decode(codes, scales, OPERAND: gl.constexpr, FMT: gl.constexpr, HALF: gl.con
     else:
         FOUR: gl.constexpr = gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0])
         c = codes.load(FOUR).reshape([32, 4, 4])
+    return c, words
+
+
+@gluon.jit
+def decode(c, words, OPERAND: gl.constexpr, FMT: gl.constexpr, HALF: gl.constexpr):
+    """What ``fetch`` returned to a 64 x 64 tensor of layout ``OPERAND``, bfloat16 or (``HALF``) float16."""
     return gl.convert_layout(_decoded(c, words, FMT, HALF).reshape([64, 64]), OPERAND, assert_trivial=True)
 
 

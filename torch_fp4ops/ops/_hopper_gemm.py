@@ -21,8 +21,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from ._gluon import async_load, async_store, warp_group_barrier
-from ._hopper_decode import decode
+from ._gluon import async_load, async_store, reinterpret, warp_group_barrier
+from ._hopper_decode import decode, fetch
 from ._hopper_plan import Plan
 from ._hopper_schedule import let_next_start, piece, share, tile_at, wait_for_previous
 
@@ -30,8 +30,16 @@ __all__ = ["matmul_kernel"]
 
 
 @gluon.constexpr_function
-def _plan(FMT, HALF, BM, R, KW, KS, STAGES, STREAM, TMA_STORE, BAND, ALPHA, FACTOR, REGISTERS):
-    return Plan(FMT, HALF, BM, R, KW, KS, STAGES, STREAM, TMA_STORE, BAND, ALPHA, FACTOR, REGISTERS)
+def _plan(FMT, HALF, BM, X_ROWS, R, KW, KS, STAGES, AHEAD, STREAM, ONCE, TMA_STORE, BAND, ALPHA, FACTOR, REGISTERS):
+    return Plan(
+        FMT, HALF, BM, X_ROWS, R, KW, KS, STAGES, AHEAD, STREAM, ONCE, TMA_STORE, BAND, ALPHA, FACTOR, REGISTERS
+    )
+
+
+@gluon.constexpr_function
+def _bytes(C, pieces):
+    """Of a stage with so many pieces of each of its tiles of x."""
+    return C.STAGE_BYTES - C.KS * (C.BM - pieces * C.X_ROWS) * 128
 
 
 @gluon.constexpr_function
@@ -45,22 +53,42 @@ def _accumulator(BM, MMA):
 
 
 @gluon.jit
-def _load_stage(d, s, st, pm, pn, k, KT, C: gl.constexpr):
+def _after(st, phase, INDEX: gl.constexpr, BY: gl.constexpr, FIRST: gl.constexpr, C: gl.constexpr):
+    """The stage BY further than ``st``, and its phase; INDEX: how many of a trip's stages by BY lie before ``st``.
+
+    Where rings are whole trips only a trip's last stage can be the ring's last, so that within a trip all addresses are
+    constants beside the first one.
+    """
+    st += BY
+    if INDEX == C.TRIP_STAGES // BY - 1 or not C.WHOLE_TRIPS:
+        st = gl.where(st >= C.STAGES, FIRST, st)
+        phase = phase ^ (st == FIRST).to(gl.int32)
+    return st, phase
+
+
+@gluon.jit
+def _load_stage(d, s, st, pm, pn, k, KT, M, C: gl.constexpr):
     """Load stage ``st``: KS steps from step k on."""
     KS: gl.constexpr = C.KS
-    BLOCKS: gl.constexpr = C.BLOCKS
-    BYTES: gl.constexpr = C.STAGE_BYTES
-    mbarrier.expect(s[3].index(st), BYTES)
+    LOADS: gl.constexpr = C.LOADS
+    ROWS: gl.constexpr = C.X_ROWS
+    PIECES: gl.constexpr = C.BM // ROWS
+    # Rows beyond the last one that are loaded all the same, as zeros, take longer than others.
+    pieces = gl.cdiv(min(M - pm * C.BM, C.BM), ROWS)
+    for i in gl.static_range(PIECES):
+        mbarrier.expect(s[3].index(st), _bytes(C, i + 1), pred=True if PIECES == 1 else pieces == i + 1)
+    for i in gl.static_range(LOADS):
+        if C.SUBS == 1:
+            row = (pn // 2 * KT + k + i) * 2 + pn % 2
+        else:
+            row = ((pn * LOADS + i) * KT + k) * 2
+        async_load(d[1], [row * C.CODE_ROWS, 0], s[3].index(st), s[1].index(st * LOADS + i))
+        async_load(d[2], [row, 0], s[3].index(st), s[2].index(st * LOADS + i))
     for j in gl.static_range(KS):
-        slot = st * KS + j
-        for b in gl.static_range(BLOCKS):
-            if C.SUBS == 1:
-                row = (pn // 2 * KT + k + j) * 2 + pn % 2
-            else:
-                row = (pn * BLOCKS + b) * KT + k + j
-            async_load(d[1], [row * (C.CODE_ROWS * C.HALVES), 0], s[3].index(st), s[1].index(slot * BLOCKS + b))
-            async_load(d[2], [row * C.HALVES, 0], s[3].index(st), s[2].index(slot * BLOCKS + b))
-        async_load(d[0], [pm * C.BM, (k + j) * 64], s[3].index(st), s[0].index(slot))
+        for i in gl.static_range(PIECES):
+            to = s[0].index(st * KS + j).slice(i * ROWS, ROWS, dim=0)
+            wanted = True if i == 0 else i < pieces
+            async_load(d[0], [pm * C.BM + i * ROWS, (k + j) * 64], s[3].index(st), to, pred=wanted)
 
 
 @gluon.jit
@@ -71,6 +99,8 @@ def _loader(d, s, out, sums, alpha, M, N, tiles_m, tiles_n, TRIPS, C: gl.constex
     beg, end = share(tiles_m * tiles_n, TRIPS, C.STREAM)
     KW: gl.constexpr = C.KW
     STEPS: gl.constexpr = 4 * KW
+    STAGES: gl.constexpr = C.TRIP_STAGES
+    EXTRA: gl.constexpr = C.EXTRA_STAGES
     KT = TRIPS * STEPS
     p = beg
     st = 0
@@ -78,36 +108,61 @@ def _loader(d, s, out, sums, alpha, M, N, tiles_m, tiles_n, TRIPS, C: gl.constex
     while p < end:
         t, k0, k1 = piece(p, end, TRIPS, C.STREAM)
         pm, pn = tile_at(t, tiles_m, tiles_n, C.BAND)
-        for k in range(STEPS // C.KS * k0, STEPS // C.KS * k1):
-            mbarrier.wait(s[4].index(st), phase)
-            _load_stage(d, s, st, pm, pn, k * C.KS, KT, C)
-            st = (st + 1) % C.STAGES
-            phase = phase ^ (st == 0).to(gl.int32)
+        for k in range(k0, k1):
+            for i in gl.static_range(STAGES):
+                mbarrier.wait(s[4].index(st), phase)
+                _load_stage(d, s, st, pm, pn, k * STEPS + i * C.KS, KT, M, C)
+                st, phase = _after(st, phase, i, 1, 0, C)
         p += k1 - k0
-    if not C.MMA and beg < end:
-        # Warp groups decode a step ahead: each waits for one stage more than it multiplies, whatever is in it.
-        for _ in gl.static_range(KW):
+    if not C.MMA:
+        # Warp groups fetch ahead: each waits for some stages more than it multiplies, whatever is in them.
+        for i in gl.static_range(EXTRA):
             mbarrier.wait(s[4].index(st), phase)
             mbarrier.expect(s[3].index(st), 0)
-            st = (st + 1) % C.STAGES
-            phase = phase ^ (st == 0).to(gl.int32)
+            st, phase = _after(st, phase, i, 1, 0, C)
 
 
 # The multiplying warp groups
 
 
 @gluon.jit
-def _weights(s, slot, SUB: gl.constexpr, OPERAND: gl.constexpr, C: gl.constexpr):
+def _fetch(s, st, J: gl.constexpr, SUB: gl.constexpr, C: gl.constexpr):
+    """The words of codes and scales of 64 weight rows and a stage's J-th step."""
     FMT: gl.constexpr = C.FMT
-    HALF: gl.constexpr = C.HALF
     ROWS: gl.constexpr = C.CODE_ROWS
-    at = slot * C.BLOCKS + SUB // 2
-    codes = s[1].index(at).slice((SUB % 2) * ROWS, ROWS, dim=0)
-    return decode(codes, s[2].index(at).slice(SUB % 2, 1, dim=0), OPERAND, FMT, HALF)
+    if C.SUBS == 1:
+        return fetch(s[1].index(st * C.LOADS + J), s[2].index(st * C.LOADS + J), FMT)
+    at = st * C.LOADS + SUB // 2
+    HALF_BLOCK: gl.constexpr = J * 2 + SUB % 2
+    codes = s[1].index(at).slice(HALF_BLOCK * ROWS, ROWS, dim=0)
+    return fetch(codes, s[2].index(at).slice(HALF_BLOCK, 1, dim=0), FMT)
 
 
 @gluon.jit
-def _store(acc, row, pm, d, s, out, alpha, factor, M, N, SUB: gl.constexpr, ACC: gl.constexpr, C: gl.constexpr):
+def _weights(s, st, J: gl.constexpr, SUB: gl.constexpr, OPERAND: gl.constexpr, C: gl.constexpr):
+    FMT: gl.constexpr = C.FMT
+    HALF: gl.constexpr = C.HALF
+    codes, scales = _fetch(s, st, J, SUB, C)
+    return decode(codes, scales, OPERAND, FMT, HALF)
+
+
+@gluon.jit
+def _result(d, s, ahead, phase, SUB: gl.constexpr, C: gl.constexpr):
+    """Where the results of 64 weight rows wait for TMA to store them."""
+    if not C.ONCE:
+        return s[5].index(SUB)
+    # Nothing is loaded any more into the stages after the last one that was looked at. Each is free once the loading
+    # warp would find it so, since the other warp group may be multiplying what was there before.
+    for i in gl.static_range(SUB + 1):
+        ahead, phase = _after(ahead, phase, C.EXTRA_STAGES - 1 + i, 1, 0, C)
+    mbarrier.wait(s[4].index(ahead), phase ^ 1)
+    return reinterpret(s[0].index(ahead * C.KS), d[3].dtype, [C.BM, 64], d[3].layout)
+
+
+@gluon.jit
+def _store(
+    acc, row, pm, d, s, ahead, phase, out, alpha, factor, M, N, SUB: gl.constexpr, ACC: gl.constexpr, C: gl.constexpr
+):
     """Multiply the sums of 64 weight rows from ``row`` on by the factor or by each row's, round once and store them
     transposed."""
     BM: gl.constexpr = C.BM
@@ -118,7 +173,7 @@ def _store(acc, row, pm, d, s, out, alpha, factor, M, N, SUB: gl.constexpr, ACC:
         acc = acc * factor
     value = acc.to(out.dtype.element_ty)
     if C.TMA_STORE:
-        buffer = s[5].index(SUB)
+        buffer = _result(d, s, ahead, phase, SUB, C)
         buffer.permute((1, 0)).store(value)
         fence_async_shared()
         async_store(d[3], [pm * BM, row], buffer)
@@ -145,6 +200,8 @@ def _multiply(d, s, out, sums, alpha, M, N, tiles_m, tiles_n, TRIPS, C: gl.const
     PART: gl.constexpr = GROUP % KW  # its stages: PART and every KW-th from there
     SUB: gl.constexpr = GROUP // KW * C.R
     LAST: gl.constexpr = SUB + C.R - 1
+    FMT: gl.constexpr = C.FMT
+    HALF: gl.constexpr = C.HALF
     full = s[3]
     empty = s[4]
     wait_for_previous()
@@ -158,11 +215,17 @@ def _multiply(d, s, out, sums, alpha, M, N, tiles_m, tiles_n, TRIPS, C: gl.const
     st = PART
     phase = 0
     turn = 0
+    ahead = st
     if not C.MMA:
-        a = gl.zeros([64, 64], s[0].dtype, LEFT)
-        if p < end:
-            mbarrier.wait(full.index(PART), 0)
-            a = _weights(s, PART * KS, SUB, LEFT, C)
+        mbarrier.wait(full.index(st), phase)
+        a = _weights(s, st, 0, SUB, LEFT, C)
+        if C.R == 2:
+            codes, scales = _fetch(s, st, 0, LAST, C)
+        elif C.AHEAD == 2:
+            if KS == 1:
+                ahead, phase = _after(ahead, phase, 0, KW, PART, C)
+                mbarrier.wait(full.index(ahead), phase)
+            codes, scales = _fetch(s, ahead, 1 % KS, SUB, C)
     while p < end:
         t, k0, k1 = piece(p, end, TRIPS, C.STREAM)
         pm, pn = tile_at(t, tiles_m, tiles_n, C.BAND)
@@ -172,46 +235,50 @@ def _multiply(d, s, out, sums, alpha, M, N, tiles_m, tiles_n, TRIPS, C: gl.const
         else:
             acc1 = 0
         if C.MMA:
-            for k in range(4 // KS * k0, 4 // KS * k1):
-                mbarrier.wait(full.index(st), phase)
-                for j in gl.static_range(KS):
-                    w = _weights(s, st * KS + j, SUB, LEFT, C)
-                    x = s[0].index(st * KS + j).permute((1, 0)).load(RIGHT)
-                    acc0 = mma_v2(w, x, acc0)
-                # A stage is given back one stage late: its loads have been multiplied by then, not only issued.
-                before = (st + C.STAGES - KW) % C.STAGES
-                mbarrier.arrive(empty.index(before), pred=(p > beg) | (k > 4 // KS * k0))
-                st = (st + KW) % C.STAGES
-                phase = phase ^ (st == PART).to(gl.int32)
+            for k in range(k0, k1):
+                for i in gl.static_range(4 // KS):
+                    mbarrier.wait(full.index(st), phase)
+                    for j in gl.static_range(KS):
+                        w = _weights(s, st, j, SUB, LEFT, C)
+                        x = s[0].index(st * KS + j).permute((1, 0)).load(RIGHT)
+                        acc0 = mma_v2(w, x, acc0)
+                    # A stage is given back one stage late: its loads have been multiplied by then, not only issued.
+                    before = (st + C.STAGES - KW) % C.STAGES
+                    mbarrier.arrive(empty.index(before), pred=(p > beg) | (k + i > k0))
+                    st, phase = _after(st, phase, i, KW, PART, C)
         else:
             for _ in range(k0, k1):
                 done = st
+                # What the next products need, also across tiles, is fetched and decoded under these.
                 for j in gl.static_range(4):
-                    slot = st * KS + j % KS
-                    x = s[0].index(slot).permute((1, 0))
+                    x = s[0].index(st * KS + j % KS).permute((1, 0))
                     acc0 = warpgroup_mma(a, x, acc0, is_async=True)
                     if C.R == 2:
-                        b = _weights(s, slot, LAST, LEFT, C)
+                        b = decode(codes, scales, LEFT, FMT, HALF)
                         if j > 0:
                             acc0, acc1, b = warpgroup_mma_wait(1, deps=[acc0, acc1, b])
-                            if j % KS == 0:
-                                mbarrier.arrive(empty.index(done))
-                        acc1 = warpgroup_mma(b, x, acc1, is_async=True)
                     elif j > 0:
                         acc0 = warpgroup_mma_wait(1, deps=[acc0])
-                        if j % KS == 0:
-                            mbarrier.arrive(empty.index(done))
-                    # The next step's weights, also across tiles, are decoded under these products.
-                    if j % KS == KS - 1:
-                        done = st
-                        st = (st + KW) % C.STAGES
-                        phase = phase ^ (st == PART).to(gl.int32)
-                        mbarrier.wait(full.index(st), phase)
-                        a = _weights(s, st * KS, SUB, LEFT, C)
+                    if j > 0 and j % KS == 0:
+                        mbarrier.arrive(empty.index(done))
+                    if C.R == 2:
+                        acc1 = warpgroup_mma(b, x, acc1, is_async=True)
+                    if (j + C.AHEAD) % KS == 0:
+                        ahead, phase = _after(ahead, phase, (j + C.AHEAD - 1) % 4 // KS, KW, PART, C)
+                        mbarrier.wait(full.index(ahead), phase)
+                    if C.AHEAD == 2:
+                        next_codes, next_scales = _fetch(s, ahead, (j + 2) % KS, SUB, C)
+                        a = decode(codes, scales, LEFT, FMT, HALF)
+                        codes, scales = next_codes, next_scales
                     else:
-                        a = _weights(s, slot + 1, SUB, LEFT, C)
-                    if C.R == 2 and j < 3:
-                        acc0, acc1, a = warpgroup_mma_wait(1, deps=[acc0, acc1, a])
+                        a = _weights(s, ahead, (j + 1) % KS, SUB, LEFT, C)
+                    if C.R == 2:
+                        codes, scales = _fetch(s, ahead, (j + 1) % KS, LAST, C)
+                        if j < 3:
+                            acc0, acc1, a = warpgroup_mma_wait(1, deps=[acc0, acc1, a])
+                    if (j + 1) % KS == 0:
+                        done = st
+                        st, _ = _after(st, phase, j // KS, KW, PART, C)
                 # Nothing stays in flight over the loop's end: ptxas would serialise all of it.
                 if C.R == 2:
                     acc0, acc1, a = warpgroup_mma_wait(0, deps=[acc0, acc1, a])
@@ -247,9 +314,9 @@ def _multiply(d, s, out, sums, alpha, M, N, tiles_m, tiles_n, TRIPS, C: gl.const
             row = (pn * C.SUBS + SUB) * 64
             if C.TMA_STORE:
                 tma.store_wait(0)
-            _store(acc0, row, pm, d, s, out, alpha, factor, M, N, SUB, ACC, C)
+            _store(acc0, row, pm, d, s, ahead, phase, out, alpha, factor, M, N, SUB, ACC, C)
             if C.R == 2:
-                _store(acc1, row + 64, pm, d, s, out, alpha, factor, M, N, LAST, ACC, C)
+                _store(acc1, row + 64, pm, d, s, ahead, phase, out, alpha, factor, M, N, LAST, ACC, C)
         p += k1 - k0
     if C.TMA_STORE:
         tma.store_wait(0)
@@ -268,24 +335,27 @@ def _group1(d, s, out, sums, alpha, M, N, tiles_m, tiles_n, TRIPS, C: gl.constex
 @gluon.jit(do_not_specialize=["M", "tiles_m", "tiles_n", "TRIPS"])
 def matmul_kernel(
     x_desc, codes_desc, scales_desc, out_desc, out, sums, alpha, M, N, tiles_m, tiles_n, TRIPS,
-    FMT: gl.constexpr, HALF: gl.constexpr, BM: gl.constexpr, R: gl.constexpr, KW: gl.constexpr,
-    KS: gl.constexpr, STAGES: gl.constexpr, STREAM: gl.constexpr, TMA_STORE: gl.constexpr, BAND: gl.constexpr,
-    ALPHA: gl.constexpr, FACTOR: gl.constexpr, REGISTERS: gl.constexpr,
+    FMT: gl.constexpr, HALF: gl.constexpr, BM: gl.constexpr, X_ROWS: gl.constexpr, R: gl.constexpr,
+    KW: gl.constexpr, KS: gl.constexpr, STAGES: gl.constexpr, AHEAD: gl.constexpr, STREAM: gl.constexpr,
+    ONCE: gl.constexpr, TMA_STORE: gl.constexpr, BAND: gl.constexpr, ALPHA: gl.constexpr, FACTOR: gl.constexpr,
+    REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """``out = (x @ w.T) * alpha``; N is a multiple of 128, TRIPS times KW times 256 the padded K.
 
     Descriptors have the blocks of ``_hopper_launch``; ``sums`` is ``[programs, 2, SUBS, BM, 64]`` float32 with STREAM.
     """
-    C: gl.constexpr = _plan(FMT, HALF, BM, R, KW, KS, STAGES, STREAM, TMA_STORE, BAND, ALPHA, FACTOR, REGISTERS)
+    C: gl.constexpr = _plan(
+        FMT, HALF, BM, X_ROWS, R, KW, KS, STAGES, AHEAD, STREAM, ONCE, TMA_STORE, BAND, ALPHA, FACTOR, REGISTERS
+    )
     SUBS: gl.constexpr = C.SUBS
-    BLOCKS: gl.constexpr = STAGES * KS * C.BLOCKS
-    HALVES: gl.constexpr = C.HALVES
-    CODE_ROWS: gl.constexpr = C.HALVES * C.CODE_ROWS
+    LOADS: gl.constexpr = STAGES * C.LOADS
+    HALVES: gl.constexpr = C.LOAD_HALVES
+    CODE_ROWS: gl.constexpr = HALVES * C.CODE_ROWS
     SCALE_WORDS: gl.constexpr = C.SCALE_WORDS
     SLOTS: gl.constexpr = STAGES * KS
     xs = gl.allocate_shared_memory(gl.float16 if HALF else gl.bfloat16, [SLOTS, BM, 64], x_desc.layout)
-    codes = gl.allocate_shared_memory(gl.int32, [BLOCKS, CODE_ROWS, 64], codes_desc.layout)
-    scales = gl.allocate_shared_memory(gl.int32, [BLOCKS, HALVES, SCALE_WORDS], scales_desc.layout)
+    codes = gl.allocate_shared_memory(gl.int32, [LOADS, CODE_ROWS, 64], codes_desc.layout)
+    scales = gl.allocate_shared_memory(gl.int32, [LOADS, HALVES, SCALE_WORDS], scales_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
@@ -294,8 +364,9 @@ def matmul_kernel(
     d = (x_desc, codes_desc, scales_desc)
     s = (xs, codes, scales, full, empty)
     if TMA_STORE:
-        result = gl.allocate_shared_memory(out.dtype.element_ty, [SUBS, BM, 64], out_desc.layout)
         d = d + (out_desc,)  # type: ignore[assignment]  # noqa: RUF005
+    if TMA_STORE and not ONCE:
+        result = gl.allocate_shared_memory(out.dtype.element_ty, [SUBS, BM, 64], out_desc.layout)
         s = s + (result,)  # type: ignore[assignment]  # noqa: RUF005
     if KW > 1:
         SWIZZLED: gl.constexpr = gl.SwizzledSharedLayout(2, 1, 4, [1, 0])

@@ -98,9 +98,9 @@ def _multiply_tiles(
     way = cut.way
     assert isinstance(way, Way)
     m, n = out.shape
-    plan = _plan(way, fmt.name, x.dtype, out.dtype, alpha_form)._replace(STREAM=cut.parts > 1)
+    plan = _plan(way, fmt.name, x.dtype, out.dtype, alpha_form, m)._replace(STREAM=cut.parts > 1)
     rows, words = _layout(128, 16, 2), _layout(0, 32, 2)
-    x_desc = TensorDescriptor(x, list(x.shape), [x.stride(0), 1], [plan.BM, 64], rows)
+    x_desc = TensorDescriptor(x, list(x.shape), [x.stride(0), 1], [plan.X_ROWS, 64], rows)
     weight_descs = []
     for data, block in zip((weight, scale), _blocks(plan), strict=True):
         view = data.view(torch.int32).view(-1, block[1])
@@ -167,9 +167,21 @@ def _layout(swizzle: int, bits: int, rank: int) -> Any:
     return gl.NVMMASharedLayout(swizzle, bits, rank=rank)
 
 
+def _rows_at_once(tile: int, m: int) -> int:
+    """Rows of x a TMA load, given those of a tile: fewer where a large part of the last tile lies beyond m.
+
+    Zeros for rows beyond take longer than rows (192 rows of 4096 x 4096: 24 instead of 16 us), as do many small loads.
+    """
+    if m % tile == 0 or tile < 64:
+        return tile
+    if tile == 64:
+        return 32 if m % tile <= 32 else 64
+    return tile // 4
+
+
 def _blocks(plan: Plan) -> tuple[list[int], list[int]]:
     """What a TMA load takes of codes and of scales, in words."""
-    return [plan.HALVES * plan.CODE_ROWS, 64], [plan.HALVES, plan.SCALE_WORDS]
+    return [plan.LOAD_HALVES * plan.CODE_ROWS, 64], [plan.LOAD_HALVES, plan.SCALE_WORDS]
 
 
 def _strip_blocks(plan: StripPlan) -> tuple[list[int], list[int], list[int]]:
@@ -177,18 +189,21 @@ def _strip_blocks(plan: StripPlan) -> tuple[list[int], list[int], list[int]]:
     return [plan.KS, plan.BM, 64], [plan.KS, plan.PLANES, plan.BOX, 128], [plan.KS, plan.BOX, plan.SCALE_WORDS]
 
 
-def _plan(way: Way, fmt: str, dtype: torch.dtype, out_dtype: torch.dtype, alpha_form: int) -> Plan:
+def _plan(way: Way, fmt: str, dtype: torch.dtype, out_dtype: torch.dtype, alpha_form: int, m: int = 0) -> Plan:
     from ._hopper_decode import FACTORS
 
     plan = Plan(
         FMT=fmt,
         HALF=dtype == torch.float16,
         BM=way.BM,
+        X_ROWS=_rows_at_once(way.BM, m),
         R=way.R,
         KW=way.KW,
         KS=way.KS,
         STAGES=way.STAGES,
+        AHEAD=way.AHEAD,
         STREAM=way.STREAM,
+        ONCE=way.ONCE,
         # The others are stored by threads: narrow tiles and shared ones gain little, and float32 has no room.
         TMA_STORE=way.BM >= 64 and (way.R == 2 or not way.STREAM) and out_dtype != torch.float32,
         BAND=way.BAND,
@@ -202,7 +217,9 @@ def _plan(way: Way, fmt: str, dtype: torch.dtype, out_dtype: torch.dtype, alpha_
     plan = plan._replace(KS=min(way.KS, 2))
     room = _SHARED_BYTES // way.RESIDENT - _BARRIER_BYTES - plan.RESULT_BYTES
     most = room // plan.STAGE_BYTES // way.KW * way.KW
-    return plan._replace(STAGES=min(way.STAGES * way.KS // plan.KS, most))
+    plan = plan._replace(STAGES=min(way.STAGES * way.KS // plan.KS, most))
+    assert plan.STAGES >= plan.LEAST_STAGES, plan
+    return plan
 
 
 def _strip_plan(way: Strips, fmt: str, dtype: torch.dtype, x_layout: int, alpha_form: int) -> StripPlan:
@@ -244,6 +261,10 @@ def offline_cases() -> Iterator[AotCase]:
             tiles[case.name] = case
     yield from tiles.values()
     shared = max((way for way in WAYS if way.KW > 1), key=lambda way: way.BM)
+    once = next(way for way in WAYS if way.ONCE)
+    for way in (shared, once, WAYS[-1]):
+        yield _offline_case(way, "nvfp4", m=way.BM // 4)
+    yield _offline_case(once, "mxfp8", m=once.BM // 4)
     for way in (WAYS[0], WAYS[2], shared, WAYS[-4], WAYS[-3], WAYS[-1]):
         yield _offline_case(way, "mxfp4")
         yield _offline_case(way, "mxfp8")
@@ -283,15 +304,16 @@ def _offline_case(
     out_dtype: torch.dtype = torch.bfloat16,
     alpha_form: int = 1,
     stream: bool = True,
+    m: int = 0,
 ) -> AotCase:
     from ._hopper_gemm import matmul_kernel
 
-    plan = _plan(way, fmt, dtype, out_dtype, alpha_form)
+    plan = _plan(way, fmt, dtype, out_dtype, alpha_form, m)
     plan = plan._replace(STREAM=plan.STREAM and stream)
     constants: dict[str, Any] = plan._asdict()
     layouts, blocks = (_layout(128, 16, 2), _layout(0, 32, 2)), _blocks(plan)
     signature = {
-        "x_desc": f"tensordesc<{_TYPES[dtype]}[{way.BM}, 64],{layouts[0]!r}>",
+        "x_desc": f"tensordesc<{_TYPES[dtype]}[{plan.X_ROWS}, 64],{layouts[0]!r}>",
         "codes_desc": f"tensordesc<i32{blocks[0]},{layouts[1]!r}>",
         "scales_desc": f"tensordesc<i32{blocks[1]},{layouts[1]!r}>",
         "out": f"*{_TYPES[out_dtype]}",
@@ -306,7 +328,8 @@ def _offline_case(
         if name not in signature:
             constants[name] = None
     kind = f"{fmt}-{_TYPES[dtype]}-{_TYPES[out_dtype]}"
-    tile = f"{way.BM}x{way.rows}{f'-kw{way.KW}' * (way.KW > 1)}{'-stream' * plan.STREAM}-{plan.STAGES}-{way.RESIDENT}"
+    tile = f"{way.BM}x{way.rows}{f'-kw{way.KW}' * (way.KW > 1)}{'-stream' * plan.STREAM}{'-once' * plan.ONCE}"
+    tile += f"-{plan.STAGES}x{plan.KS}-{way.RESIDENT}{f'-rows{plan.X_ROWS}' * (plan.X_ROWS < way.BM)}"
     most = _REGISTERS[way.RESIDENT][0]
     return AotCase(f"hopper-{kind}-{tile}", matmul_kernel, signature, constants, 128, ("N",), most)
 

@@ -19,6 +19,8 @@ class Plan(NamedTuple):
     """x is float16, not bfloat16."""
     BM: int
     """Rows of x a tile."""
+    X_ROWS: int
+    """Rows of x a TMA load; fewer than BM only where the last tile is not full."""
     R: int
     """Tiles of 64 weight rows a warp group; 2 only without KW."""
     KW: int
@@ -26,7 +28,11 @@ class Plan(NamedTuple):
     KS: int
     """Steps of 64 along K a stage."""
     STAGES: int
+    AHEAD: int
+    """How many steps before its product a tile of codes is fetched from shared memory: 1, or 2 if not R == 2."""
     STREAM: bool
+    ONCE: bool
+    """Each program has one tile, so that results can be where stages were."""
     TMA_STORE: bool
     BAND: int
     """Tiles of BM rows that are worked on beside each other, for the L2 cache."""
@@ -44,13 +50,14 @@ class Plan(NamedTuple):
         return _GROUPS * self.R // self.KW
 
     @property
-    def BLOCKS(self) -> int:
-        """TMA loads of codes a step: a block of 128 rows each, or half a one."""
-        return (self.SUBS + 1) // 2
+    def LOADS(self) -> int:
+        """TMA loads of codes a stage: of all steps of a block of 128 rows each, or of one step of half a block."""
+        return self.KS if self.SUBS == 1 else self.SUBS // 2
 
     @property
-    def HALVES(self) -> int:
-        return min(self.SUBS, 2)
+    def LOAD_HALVES(self) -> int:
+        """Halves of a block's steps, tiles of 64 x 64, a TMA load."""
+        return 1 if self.SUBS == 1 else 2 * self.KS
 
     @property
     def CODE_ROWS(self) -> int:
@@ -63,19 +70,39 @@ class Plan(NamedTuple):
         return 32 * (2 if self.FMT == "nvfp4" else 1)
 
     @property
+    def TRIP_STAGES(self) -> int:
+        return 4 * self.KW // self.KS
+
+    @property
+    def EXTRA_STAGES(self) -> int:
+        """Stages that warp groups look at beyond what they multiply."""
+        return self.KW * -(-self.AHEAD // self.KS)
+
+    @property
+    def LEAST_STAGES(self) -> int:
+        """With fewer, warp groups and the loading warp would wait for each other for ever."""
+        own = self.AHEAD + 1 if self.KS == 1 else 2
+        return max(self.KW * own, (self.EXTRA_STAGES + self.SUBS) * self.ONCE)
+
+    @property
+    def WHOLE_TRIPS(self) -> bool:
+        """The ring of stages is a whole number of trips."""
+        return self.STAGES % self.TRIP_STAGES == 0
+
+    @property
     def FIRST_SHARED(self) -> int:
         """Where what KW needs begins among the buffers in shared memory."""
-        return 6 if self.TMA_STORE else 5
+        return 6 if self.TMA_STORE and not self.ONCE else 5
 
     @property
     def STAGE_BYTES(self) -> int:
-        weights = self.BLOCKS * self.HALVES * (self.CODE_ROWS * 256 + self.SCALE_WORDS * 4)
+        weights = self.SUBS * (self.CODE_ROWS * 256 + self.SCALE_WORDS * 4)
         return self.KS * (self.BM * 128 + weights)
 
     @property
     def RESULT_BYTES(self) -> int:
         """Shared memory beside the stages: for results, and for sums of the groups that share a tile."""
-        return self.SUBS * 64 * self.BM * (2 * self.TMA_STORE + 4 * (self.KW - 1))
+        return self.SUBS * 64 * self.BM * (2 * (self.TMA_STORE and not self.ONCE) + 4 * (self.KW - 1))
 
 
 class StripPlan(NamedTuple):

@@ -23,7 +23,9 @@ class Way(NamedTuple):
     KW: int = 1
     KS: int = 1
     STAGES: int = 4
+    AHEAD: int = 1
     STREAM: bool = False
+    ONCE: bool = False
     RESIDENT: int = 1
     """Programs that a multiprocessor holds."""
     start: float = 4.9
@@ -59,29 +61,31 @@ class Strips(NamedTuple):
 
 WAYS = (
     Way(8, KS=4, STAGES=6, STREAM=True, start=3.3, step=0.18),
-    Way(8, KS=4, STAGES=4, STREAM=True, RESIDENT=2, start=4.3, step=0.19, shared_step=0.32),
+    Way(8, KS=4, STREAM=True, RESIDENT=2, start=4.3, step=0.19, shared_step=0.32),
     Way(8, KW=2, KS=2, STAGES=8, RESIDENT=2, start=3.6, step=0.105, shared_step=0.17),
-    Way(16, KS=4, STAGES=6, STREAM=True, start=3.3, step=0.20),
+    Way(16, KS=4, STAGES=6, STREAM=True, start=3.3, step=0.2),
     Way(16, KS=4, STAGES=3, STREAM=True, RESIDENT=2, start=4.3, step=0.25, shared_step=0.385),
-    Way(16, KW=2, KS=2, STAGES=8, RESIDENT=2, start=3.6, step=0.12, shared_step=0.20),
-    Way(32, KS=2, STAGES=7, STREAM=True, step=0.25),
-    Way(32, KS=2, STAGES=5, STREAM=True, RESIDENT=2, step=0.26, shared_step=0.42),
-    Way(32, KS=2, STAGES=5, RESIDENT=2, start=4.5, step=0.23, shared_step=0.39),
-    Way(32, KW=2, KS=4, STAGES=8, start=5.1, step=0.10, tile=1.5),
-    Way(32, KW=2, KS=4, RESIDENT=2, start=5.2, step=0.10, shared_step=0.19, tile=1.5),
-    Way(64, STAGES=12, STREAM=True, step=0.32),
-    Way(64, STAGES=8, STREAM=True, RESIDENT=2, step=0.32, shared_step=0.53),
-    Way(64, STAGES=6, RESIDENT=2, start=4.5, step=0.265, shared_step=0.47),
-    Way(64, KW=2, KS=2, STAGES=8, STREAM=True, start=5.6, step=0.12, tile=3.0),
-    Way(64, KW=2, KS=4, start=5.6, step=0.12, tile=1.5),
-    Way(64, KW=2, STAGES=8, RESIDENT=2, start=5.6, step=0.125, shared_step=0.23, tile=1.5),
-    Way(128, KW=2, STAGES=8, start=6.0, step=0.197, tile=2.8),
-    Way(128, STAGES=9, STREAM=True, start=5.0, step=0.40),
-    Way(128, STAGES=7, start=5.0, step=0.355, tile=3.0),
-    Way(128, R=2, STAGES=5, STREAM=True, start=5.0, step=0.73, alike=0.9),
-    Way(128, R=2, STAGES=5, start=5.0, step=0.66),
-    Way(256, STAGES=5, STREAM=True, start=6.0, step=0.7, alike=0.89),
-    Way(256, STAGES=4, start=6.0, step=0.64),
+    Way(16, KW=2, KS=2, STAGES=8, RESIDENT=2, start=3.6, step=0.12, shared_step=0.2),
+    Way(32, KS=2, STAGES=8, AHEAD=2, STREAM=True, start=3.8, step=0.185, tile=0.7),
+    Way(32, KS=2, STAGES=6, AHEAD=2, STREAM=True, RESIDENT=2, start=3.2, step=0.26, shared_step=0.346),
+    Way(32, KS=2, STAGES=6, AHEAD=2, RESIDENT=2, start=4.1, step=0.167, shared_step=0.348),
+    Way(32, KW=2, KS=2, STAGES=12, AHEAD=2, STREAM=True, start=3.9, step=0.096, tile=1.2),
+    Way(32, KW=2, KS=4, STAGES=8, AHEAD=2, start=3.6, step=0.093, tile=0.9),
+    Way(32, KW=2, KS=4, RESIDENT=2, start=3.0, step=0.116, shared_step=0.183, tile=2.4),
+    Way(64, KS=2, STAGES=6, AHEAD=2, STREAM=True, start=3.0, step=0.234, tile=1.2),
+    Way(64, KS=2, AHEAD=2, STREAM=True, RESIDENT=2, start=1.8, step=0.32, shared_step=0.463),
+    Way(64, KS=2, AHEAD=2, ONCE=True, RESIDENT=2, start=3.5, step=0.218, shared_step=0.417),
+    Way(64, RESIDENT=2, start=3.2, step=0.273, shared_step=0.43, tile=0.1),
+    Way(64, KW=2, KS=2, STAGES=8, AHEAD=2, STREAM=True, start=3.0, step=0.148, tile=0.5),
+    Way(64, KW=2, KS=2, STAGES=8, AHEAD=2, start=3.4, step=0.12, tile=1.4),
+    Way(64, KW=2, STAGES=8, RESIDENT=2, start=3.5, step=0.135, shared_step=0.236, tile=0.2),
+    Way(128, KW=2, STAGES=8, start=4.0, step=0.194, tile=1.6),
+    Way(128, KS=2, AHEAD=2, STREAM=True, start=2.8, step=0.361, tile=2.9),
+    Way(128, KS=2, AHEAD=2, start=2.3, step=0.331, tile=0.6),
+    Way(128, R=2, STAGES=5, STREAM=True, start=3.6, step=0.712, tile=1.0, alike=0.9),
+    Way(128, R=2, STAGES=5, start=1.1, step=0.667, tile=0.3),
+    Way(256, STREAM=True, start=3.9, step=0.698, tile=4.4, alike=0.89),
+    Way(256, start=1.6, step=0.65),
 )
 # About 100 KB of stages are loaded at a time; more were slower. Four steps a stage fit any K, eight wait less often.
 _STRIP_STAGES = {
@@ -148,6 +152,8 @@ def cut(way: Way | Strips, m: int, n: int, k: int, processors: int) -> Cut | Non
     tiles_m = triton.cdiv(m, way.BM)
     tiles = tiles_m * tiles_n
     slots = processors * way.RESIDENT
+    if way.ONCE and tiles > slots:
+        return None
     total = tiles * trips
     programs, parts = min(tiles, slots), 1
     if way.STREAM:
