@@ -40,6 +40,15 @@ def test_stages_are_enough_and_have_room(way, fmt):
     assert used <= _hopper_launch._SHARED_BYTES // way.RESIDENT
 
 
+@pytest.mark.parametrize("tile", [32, 64, 128, 256])
+def test_few_rows_beyond_the_last_are_loaded(tile):
+    for m in range(1, 2 * tile + 1):
+        rows = _hopper_launch._rows_at_once(tile, m)
+        assert tile % rows == 0
+        assert -m % rows < (tile // 4 if tile > 64 else 32)
+        assert rows == tile or m % tile
+
+
 def test_small_weights_are_shared_by_warp_groups():
     """Tiles of 64 rows give more multiprocessors one than tiles of 128."""
     for m, n, k in ((32, 7168, 2048), (64, 7168, 2048), (128, 4096, 4096), (256, 4096, 4096)):
