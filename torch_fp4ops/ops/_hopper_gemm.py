@@ -131,11 +131,14 @@ def _fetch(s, st, J: gl.constexpr, SUB: gl.constexpr, C: gl.constexpr):
     FMT: gl.constexpr = C.FMT
     ROWS: gl.constexpr = C.CODE_ROWS
     if C.SUBS == 1:
-        return fetch(s[1].index(st * C.LOADS + J), s[2].index(st * C.LOADS + J), FMT)
-    at = st * C.LOADS + SUB // 2
-    HALF_BLOCK: gl.constexpr = J * 2 + SUB % 2
-    codes = s[1].index(at).slice(HALF_BLOCK * ROWS, ROWS, dim=0)
-    return fetch(codes, s[2].index(at).slice(HALF_BLOCK, 1, dim=0), FMT)
+        codes = s[1].index(st * C.LOADS + J)
+        scales = s[2].index(st * C.LOADS + J)
+    else:
+        at = st * C.LOADS + SUB // 2
+        HALF_BLOCK: gl.constexpr = J * 2 + SUB % 2
+        codes = s[1].index(at).slice(HALF_BLOCK * ROWS, ROWS, dim=0)
+        scales = s[2].index(at).slice(HALF_BLOCK, 1, dim=0)
+    return fetch(codes, scales, FMT)
 
 
 @gluon.jit
