@@ -368,7 +368,7 @@ def matmul_kernel(
     s = (xs, codes, scales, full, empty)
     if TMA_STORE:
         d = d + (out_desc,)  # type: ignore[assignment]  # noqa: RUF005
-    if TMA_STORE and not ONCE:
+    if C.RESULTS_APART:
         result = gl.allocate_shared_memory(out.dtype.element_ty, [SUBS, BM, 64], out_desc.layout)
         s = s + (result,)  # type: ignore[assignment]  # noqa: RUF005
     if KW > 1:

@@ -211,13 +211,12 @@ def _plan(way: Way, fmt: str, dtype: torch.dtype, out_dtype: torch.dtype, alpha_
         FACTOR=FACTORS[fmt],
         REGISTERS=_REGISTERS[way.RESIDENT][1],
     )
-    if fmt != "mxfp8":
-        return plan
-    # Weights are twice as large: as many stages as have room.
-    plan = plan._replace(KS=min(way.KS, 2))
-    room = _SHARED_BYTES // way.RESIDENT - _BARRIER_BYTES - plan.RESULT_BYTES
-    most = room // plan.STAGE_BYTES // way.KW * way.KW
-    plan = plan._replace(STAGES=min(way.STAGES * way.KS // plan.KS, most))
+    if fmt == "mxfp8":
+        # Weights are twice as large: as many stages as have room.
+        plan = plan._replace(KS=min(way.KS, 2))
+        room = _SHARED_BYTES // way.RESIDENT - _BARRIER_BYTES - plan.RESULT_BYTES
+        most = room // plan.STAGE_BYTES // way.KW * way.KW
+        plan = plan._replace(STAGES=min(way.STAGES * way.KS // plan.KS, most))
     assert plan.STAGES >= plan.LEAST_STAGES, plan
     return plan
 

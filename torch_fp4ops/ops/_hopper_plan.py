@@ -90,9 +90,14 @@ class Plan(NamedTuple):
         return self.STAGES % self.TRIP_STAGES == 0
 
     @property
+    def RESULTS_APART(self) -> bool:
+        """Results that TMA stores have shared memory of their own."""
+        return self.TMA_STORE and not self.ONCE
+
+    @property
     def FIRST_SHARED(self) -> int:
         """Where what KW needs begins among the buffers in shared memory."""
-        return 6 if self.TMA_STORE and not self.ONCE else 5
+        return 6 if self.RESULTS_APART else 5
 
     @property
     def STAGE_BYTES(self) -> int:
@@ -102,7 +107,7 @@ class Plan(NamedTuple):
     @property
     def RESULT_BYTES(self) -> int:
         """Shared memory beside the stages: for results, and for sums of the groups that share a tile."""
-        return self.SUBS * 64 * self.BM * (2 * (self.TMA_STORE and not self.ONCE) + 4 * (self.KW - 1))
+        return self.SUBS * 64 * self.BM * (2 * self.RESULTS_APART + 4 * (self.KW - 1))
 
 
 class StripPlan(NamedTuple):

@@ -42,7 +42,7 @@ def a_layout(use_8x4_sf_layout: bool) -> str:
 _PREFERENCES = (
     _preferences.FLASHINFER,
     _preferences.TRTLLM,
-    _preferences.gluon(2.05, 0.98),
+    _preferences.gluon(2.05, 1.0),
     Preference(
         "triton",
         "cuda",
