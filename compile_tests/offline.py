@@ -30,9 +30,10 @@ MATRIX = re.compile(r"\b(tcgen05\.mma(?!\.ws)[\w.:]*|mma\.sync[\w.:]*|wgmma\.mma
 # Denormals count in the reference, and the kernels' inputs reach into them. Two have no other form: the first guess of
 # a reciprocal, of which nothing is denormal, and powers of two, where a softmax can do without weights of 2^-126.
 FLUSHES = re.compile(r"(?<!div\.approx)(?<!ex2\.approx)\.ftz\b")
-# From compute capability 9.0 on a kernel waits for the one before it, each warp group that touches memory for itself.
+# From compute capability 9.0 on a kernel waits for the one before it, each warp group that touches memory for itself;
+# what it has fetched into the L2 cache before may still be written there.
 WAIT = "griddepcontrol.wait"
-TOUCHES_MEMORY = re.compile(r"(?:ld|st|atom|red)\.\S*global|cp\.async|prefetch")
+TOUCHES_MEMORY = re.compile(r"(?:ld|st|atom|red)\.\S*global|cp\.async|prefetch(?!\.global\.L2)")
 
 # Bytes that Triton 3.9 spills at most where 3.6, with which these kernels were measured, spills none; by case and target.
 SPILLED_BY_3_9 = {

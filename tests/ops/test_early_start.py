@@ -13,6 +13,7 @@ pytest.importorskip("triton", reason="needs Triton")
 import triton
 import triton.language as tl
 
+from torch_fp4ops import scale_layouts
 from torch_fp4ops.formats import NVFP4
 from torch_fp4ops.ops import _hopper_launch
 from torch_fp4ops.ops._hopper_ways import STRIPS, WAYS, Way, cut
@@ -115,7 +116,8 @@ def assert_waits(pairs: list[tuple[Tensor, Tensor]], run: Callable[[], list[Tens
 
 
 @pytest.mark.parametrize("way", [*WAYS, *STRIPS[::5]], ids=str)
-def test_products_wait_however_they_are_cut_up(way):
+@pytest.mark.parametrize("quantized", [False, True])
+def test_products_wait_however_they_are_cut_up(way, quantized):
     if _hopper_launch.unavailable(torch.device("cuda", 0)):
         pytest.skip("needs compute capability 9.0")
     m, n, k = 2 * way.BM if isinstance(way, Way) else way.BM, 896, 4096
@@ -124,11 +126,17 @@ def test_products_wait_however_they_are_cut_up(way):
         pytest.skip("not a way for these sizes")
     bytes_of = [torch.randint(40, 72, (n, k // per), device="cuda", dtype=torch.uint8) for per in (2, 16)]
     alpha = torch.rand(1, device="cuda") + 0.5
-    pairs = [(t, torch.empty_like(t)) for t in (torch.randn(m, k, device="cuda").bfloat16(), *bytes_of, alpha)]
+    rows = [torch.randn(m, k, device="cuda").bfloat16()]
+    if quantized:
+        shape = scale_layouts.scale_shape(m, k // 16, "128x4")
+        rows = [torch.randint(0, 256, (m, k // 2), device="cuda", dtype=torch.uint8)]
+        rows.append(torch.randint(40, 72, shape, device="cuda", dtype=torch.uint8))
+    pairs = [(t, torch.empty_like(t)) for t in (*bytes_of, alpha, *rows)]
 
-    def product(x: Tensor, weight: Tensor, scale: Tensor, alpha: Tensor) -> list[Tensor]:
+    def product(weight: Tensor, scale: Tensor, alpha: Tensor, *rows: Tensor) -> list[Tensor]:
+        a = Operand.of(NVFP4, rows[0], rows[1], "128x4") if quantized else Operand(rows[0])
         out = torch.empty(m, n, device="cuda", dtype=torch.bfloat16)
-        _hopper_launch.multiply(Operand(x), weight, scale, NVFP4, out, alpha, chosen)
+        _hopper_launch.multiply(a, weight, scale, NVFP4, out, alpha, chosen)
         return [out]
 
     wanted = product(*(source for source, _ in pairs))

@@ -137,8 +137,8 @@ def test_programs_read_the_rows_that_they_decode(fmt, layout):
     scales = torch.where((scales & 0x7F) == 0x7F, 0x3F, scales)
     weight, scale = pack_hopper_weight(codes, scales, fmt)
     rows = quantized_rows(m, k, fmt, layout, 4)
-    way = Strips(16, 4, 4, 4, start=4.0, strip=0.02)
-    assert decoding(way, fmt.name, k) == next(each for each in STRIPS if each[:3] == (16, 4, 4))
+    way = Strips(16, 8, 8, 4, start=4.0, strip=0.02)
+    assert decoding(way, fmt.name, k) == next(each for each in STRIPS if each[:3] == (16, 8, 4))
     out = torch.empty(m, n)
     with mock.patch("torch_fp4ops.ops._hopper_strips.strips_kernel", Simulated(fmt)):
         _hopper_launch.multiply(rows, weight, scale, fmt, out, None, cut(way, m, n, 512, 132))

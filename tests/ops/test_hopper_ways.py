@@ -56,6 +56,25 @@ def test_small_weights_are_shared_by_warp_groups():
         assert isinstance(way, Way) and way.KW == 2 and not way.STREAM
 
 
+@pytest.mark.parametrize("processors", [78, PROCESSORS])
+def test_what_comes_early_to_add_parts_up_has_a_multiprocessor_each(processors):
+    early = set()
+    for way in WAYS:
+        for m in (1, way.BM - 3, way.BM, 5 * way.BM // 2):
+            for n, k in ((4096, 4096), (8192, 28672), (256, 7168), (28672, 8192)):
+                chosen = cut(way, m, n, k, processors)
+                if chosen is None or chosen.parts == 1:
+                    assert chosen is None or not chosen.sum_early
+                    continue
+                rows = min(way.BM, m)
+                programs = chosen.tiles_m * chosen.tiles_n * way.rows // 64 * -(-rows // chosen.sum_rows)
+                assert way.BM % chosen.sum_rows == 0 and _hopper_launch._sum_threads(chosen.sum_rows) <= 512
+                assert chosen.sum_early == (programs <= processors) or chosen.sum_rows == min(16, way.BM)
+                assert not chosen.sum_early or programs <= processors
+                early.add(chosen.sum_early)
+    assert early == {True, False}
+
+
 @pytest.mark.gpu
 @ways
 @formats

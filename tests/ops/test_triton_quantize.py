@@ -300,7 +300,8 @@ def check_every_shipped_tiling(device: str) -> None:
 
     ragged, whole = (37, 5), (128, 32)
     kinds = [(fmt, layout, *ragged) for fmt in FORMATS.values() for layout in scale_layouts.LAYOUTS]
-    for fmt, layout, rows, blocks in (*kinds, (NVFP4, "128x4", *whole), (MXFP8, "linear", *whole)):
+    kinds += [(NVFP4, "128x4", *whole), (MXFP8, "linear", *whole), (MXFP4, "128x4", 1, 3), (NVFP4, "128x4", 130, 2)]
+    for fmt, layout, rows, blocks in kinds:
         x = values(3, rows, blocks * fmt.block_size).to(device)
         gs = torch.tensor([500.0], device=device) if fmt is NVFP4 else None
         packed = blocks * fmt.block_size // fmt.elements_per_byte
@@ -316,6 +317,10 @@ def check_every_shipped_tiling(device: str) -> None:
         for tile in (None, *_triton_dequantize.shipped_tilings(layout, fmt.block_size // 4)):
             _triton_dequantize.dequantize_rows(payload, scales, fmt, layout, gs, False, out.fill_(7.0), tile=tile)
             results.append((out.clone(),))
+        in_front = _triton_dequantize._tiling_in_front(rows, blocks, fmt.block_size // 4)
+        args = (payload, scales, fmt, layout, gs, False, out.fill_(7.0), in_front)
+        _triton_dequantize.dequantize_rows(*args, in_front=True)
+        results.append((out.clone(),))
         quantized, dequantized = ([r for r in results if len(r) == n] for n in (2, 1))
         for group in (quantized, dequantized):
             for other in group[1:]:

@@ -30,10 +30,13 @@ __all__ = ["matmul_kernel"]
 
 
 @gluon.constexpr_function
-def _plan(FMT, HALF, BM, X_ROWS, R, KW, KS, STAGES, AHEAD, STREAM, ONCE, TMA_STORE, BAND, ALPHA, FACTOR, REGISTERS):
+def _plan(
+    FMT, HALF, BM, X_ROWS, R, KW, KS, STAGES, AHEAD, STREAM, SUM_EARLY, ONCE, TMA_STORE, BAND, ALPHA, FACTOR, REGISTERS
+):
     return Plan(
-        FMT, HALF, BM, X_ROWS, R, KW, KS, STAGES, AHEAD, STREAM, ONCE, TMA_STORE, BAND, ALPHA, FACTOR, REGISTERS
-    )
+        FMT, HALF, BM, X_ROWS, R, KW, KS, STAGES, AHEAD, STREAM, SUM_EARLY, ONCE, TMA_STORE, BAND, ALPHA, FACTOR,
+        REGISTERS,
+    )  # fmt: skip
 
 
 @gluon.constexpr_function
@@ -94,7 +97,7 @@ def _load_stage(d, s, st, pm, pn, k, KT, M, C: gl.constexpr):
 @gluon.jit
 def _loader(d, s, out, sums, alpha, M, N, tiles_m, tiles_n, TRIPS, C: gl.constexpr):
     wait_for_previous()
-    if not C.STREAM:  # the programs that add the parts up would take room from those that still multiply
+    if not C.STREAM:  # else what is next adds parts up
         let_next_start()
     beg, end = share(tiles_m * tiles_n, TRIPS, C.STREAM)
     KW: gl.constexpr = C.KW
@@ -114,6 +117,8 @@ def _loader(d, s, out, sums, alpha, M, N, tiles_m, tiles_n, TRIPS, C: gl.constex
                 _load_stage(d, s, st, pm, pn, k * STEPS + i * C.KS, KT, M, C)
                 st, phase = _after(st, phase, i, 1, 0, C)
         p += k1 - k0
+    if C.STREAM and C.SUM_EARLY:
+        let_next_start()
     if not C.MMA:
         # Warp groups fetch ahead: each waits for some stages more than it multiplies, whatever is in them.
         for i in gl.static_range(EXTRA):
@@ -340,16 +345,17 @@ def matmul_kernel(
     x_desc, codes_desc, scales_desc, out_desc, out, sums, alpha, M, N, tiles_m, tiles_n, TRIPS,
     FMT: gl.constexpr, HALF: gl.constexpr, BM: gl.constexpr, X_ROWS: gl.constexpr, R: gl.constexpr,
     KW: gl.constexpr, KS: gl.constexpr, STAGES: gl.constexpr, AHEAD: gl.constexpr, STREAM: gl.constexpr,
-    ONCE: gl.constexpr, TMA_STORE: gl.constexpr, BAND: gl.constexpr, ALPHA: gl.constexpr, FACTOR: gl.constexpr,
-    REGISTERS: gl.constexpr,
+    SUM_EARLY: gl.constexpr, ONCE: gl.constexpr, TMA_STORE: gl.constexpr, BAND: gl.constexpr, ALPHA: gl.constexpr,
+    FACTOR: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """``out = (x @ w.T) * alpha``; N is a multiple of 128, TRIPS times KW times 256 the padded K.
 
     Descriptors have the blocks of ``_hopper_launch``; ``sums`` is ``[programs, 2, SUBS, BM, 64]`` float32 with STREAM.
     """
     C: gl.constexpr = _plan(
-        FMT, HALF, BM, X_ROWS, R, KW, KS, STAGES, AHEAD, STREAM, ONCE, TMA_STORE, BAND, ALPHA, FACTOR, REGISTERS
-    )
+        FMT, HALF, BM, X_ROWS, R, KW, KS, STAGES, AHEAD, STREAM, SUM_EARLY, ONCE, TMA_STORE, BAND, ALPHA, FACTOR,
+        REGISTERS,
+    )  # fmt: skip
     SUBS: gl.constexpr = C.SUBS
     LOADS: gl.constexpr = STAGES * C.LOADS
     HALVES: gl.constexpr = C.LOAD_HALVES

@@ -98,7 +98,8 @@ def _multiply_tiles(
     way = cut.way
     assert isinstance(way, Way)
     m, n = out.shape
-    plan = _plan(way, fmt.name, x.dtype, out.dtype, alpha_form, m)._replace(STREAM=cut.parts > 1)
+    plan = _plan(way, fmt.name, x.dtype, out.dtype, alpha_form, m)
+    plan = plan._replace(STREAM=cut.parts > 1, SUM_EARLY=cut.sum_early)
     rows, words = _layout(128, 16, 2), _layout(0, 32, 2)
     x_desc = TensorDescriptor(x, list(x.shape), [x.stride(0), 1], [plan.X_ROWS, 64], rows)
     weight_descs = []
@@ -114,11 +115,16 @@ def _multiply_tiles(
     most = _REGISTERS[way.RESIDENT][0]
     launch(matmul_kernel, (cut.programs,), 128, out.device, *args, max_registers=most, **plan._asdict())
     if sums is not None:
-        at_once = min(way.BM, 16)
-        grid = (cut.tiles_m * cut.tiles_n * plan.SUBS, triton.cdiv(min(way.BM, m), at_once))
+        grid = (cut.tiles_m * cut.tiles_n * plan.SUBS, triton.cdiv(min(way.BM, m), cut.sum_rows))
         shared: dict[str, Any] = {"BM": plan.BM, "BAND": plan.BAND, "ALPHA": plan.ALPHA, "FACTOR": plan.FACTOR}
-        shared |= {"SUBS": plan.SUBS, "ROWS": at_once, "PARTS": cut.parts}
-        launch(sum_parts_kernel, grid, 128, out.device, sums, out, alpha, *sizes, cut.programs, **shared)
+        shared |= {"SUBS": plan.SUBS, "ROWS": cut.sum_rows, "PARTS": cut.parts, "EARLY": cut.sum_early}
+        args = (sums, out, alpha, *sizes, cut.programs)
+        launch(sum_parts_kernel, grid, _sum_threads(cut.sum_rows), out.device, *args, **shared)
+
+
+def _sum_threads(rows: int) -> int:
+    """Of a program that adds parts of so many rows up."""
+    return max(8 * rows, 128)
 
 
 def _multiply_strips(
@@ -203,6 +209,7 @@ def _plan(way: Way, fmt: str, dtype: torch.dtype, out_dtype: torch.dtype, alpha_
         STAGES=way.STAGES,
         AHEAD=way.AHEAD,
         STREAM=way.STREAM,
+        SUM_EARLY=False,
         ONCE=way.ONCE,
         # The others are stored by threads: narrow tiles and shared ones gain little, and float32 has no room.
         TMA_STORE=way.BM >= 64 and (way.R == 2 or not way.STREAM) and out_dtype != torch.float32,
@@ -272,17 +279,19 @@ def offline_cases() -> Iterator[AotCase]:
     yield _offline_case(WAYS[-5], "nvfp4", out_dtype=torch.float32, alpha_form=2)
     ints = dict.fromkeys(("M", "N", "tiles_m", "tiles_n", "TRIPS", "programs"), "i32")
     signature = {"sums": "*fp32", "out": "*bf16", "alpha": "*fp32", **ints}
-    for bm, parts, subs in ((8, 2, 2), (64, 2, 1), (256, 9, 2)):
+    for bm, parts, subs, rows in ((8, 2, 2, 8), (64, 2, 1, 16), (64, 4, 2, 32), (256, 9, 2, 64), (256, 9, 2, 16)):
         constants = {
             "BM": bm,
             "SUBS": subs,
             "BAND": 8,
             "ALPHA": 1,
             "FACTOR": 128.0,
-            "ROWS": min(bm, 16),
+            "ROWS": rows,
             "PARTS": parts,
+            "EARLY": rows != 16,
         }
-        yield AotCase(f"hopper-sum-{bm}x{parts}", sum_parts_kernel, signature, constants, 128, ("N",))
+        name = f"hopper-sum-{bm}x{parts}-{rows}"
+        yield AotCase(name, sum_parts_kernel, signature, constants, _sum_threads(rows), ("N",))
     for strips in STRIPS:
         yield _offline_strips(strips, "nvfp4")
         for fmt in ("nvfp4", "mxfp8"):
@@ -308,7 +317,7 @@ def _offline_case(
     from ._hopper_gemm import matmul_kernel
 
     plan = _plan(way, fmt, dtype, out_dtype, alpha_form, m)
-    plan = plan._replace(STREAM=plan.STREAM and stream)
+    plan = plan._replace(STREAM=plan.STREAM and stream, SUM_EARLY=plan.STREAM and stream)
     constants: dict[str, Any] = plan._asdict()
     layouts, blocks = (_layout(128, 16, 2), _layout(0, 32, 2)), _blocks(plan)
     signature = {

@@ -80,7 +80,7 @@ WAYS = (
     Way(64, KW=2, KS=2, STAGES=8, AHEAD=2, start=3.4, step=0.12, tile=1.4),
     Way(64, KW=2, STAGES=8, RESIDENT=2, start=3.5, step=0.135, shared_step=0.236, tile=0.2),
     Way(128, KW=2, STAGES=8, start=4.0, step=0.194, tile=1.6),
-    Way(128, KS=2, AHEAD=2, STREAM=True, start=2.8, step=0.361, tile=2.9),
+    Way(128, KS=2, AHEAD=2, STREAM=True, start=2.8, step=0.361, tile=2.9, alike=0.93),
     Way(128, KS=2, AHEAD=2, start=2.3, step=0.331, tile=0.6),
     Way(128, R=2, STAGES=5, STREAM=True, start=3.6, step=0.712, tile=1.0, alike=0.9),
     Way(128, R=2, STAGES=5, start=1.1, step=0.667, tile=0.3),
@@ -105,22 +105,21 @@ STRIPS = tuple(
     for (S, KS), stages in table.items()
 )
 _STRIPS_STEP, _NEXT_PASS = 0.004, 5.0
-_SUM_START, _SUM_BYTES_PER_US = 1.2, 6e6
+_SUM_START, _SUM_EARLY_START, _SUM_BYTES_PER_US = 1.2, 0.7, 6e6
 
 
 def decoding(way: Way | Strips, fmt: str, k: int) -> Strips | None:
     """The strips in which a product in this way decodes quantised rows of x of k itself.
 
-    None where a kernel before does, which takes about 2 us. In the product each program decodes all rows, which many
+    None where a kernel before does, which takes 1 to 1.5 us. In the product each program decodes all rows, which many
     weights of MXFP8 hide, and large products of FP4, whose weights take as much of the same instructions, do not.
     """
     if not isinstance(way, Strips):
         return None
-    few = way.BM * k <= 1 << 16 and (way.BM == 8 or way.S > 2)
     if fmt == "mxfp8":
-        here = few or way.BM == 8 or way.S >= 8
+        here = way.BM == 8 or way.S >= 8
     else:
-        here = few and way.S <= 8
+        here = way.BM * k <= 1 << 16 and (way.BM == 8 or way.S > 2) and way.S <= 8
     if not here:
         return None
     # For 16 rows shorter stages are quicker: the first is decoded sooner.
@@ -139,6 +138,10 @@ class Cut(NamedTuple):
     parts: int
     """The most programs that share a tile; 1 if every tile has one of its own."""
     us: float
+    sum_rows: int = 0
+    """Rows of x that a program of the kernel which adds parts up has, of 64 weight rows."""
+    sum_early: bool = False
+    """It has a program for each multiprocessor at most, and may come early."""
 
 
 def cut(way: Way | Strips, m: int, n: int, k: int, processors: int) -> Cut | None:
@@ -167,10 +170,21 @@ def cut(way: Way | Strips, m: int, n: int, k: int, processors: int) -> Cut | Non
     alike = total % programs == 0 and trips % (total // programs) == 0
     step = (way.shared_step if programs > processors else way.step) * (way.alike if alike else 1)
     us = way.start + most_trips * 4 * way.KW * step + (most_tiles - 1) * way.tile
+    sum_rows, sum_early = 0, False
     if parts > 1:
         shared = programs if alike else 2 * programs
-        us += _SUM_START + shared * 8 * way.rows * min(way.BM, m) / _SUM_BYTES_PER_US
-    return Cut(way, programs, tiles_m, tiles_n, trips, parts, us)
+        sum_rows, sum_early = _summing(tiles * way.rows // 64, way.BM, min(way.BM, m), processors)
+        us += _SUM_EARLY_START if sum_early else _SUM_START
+        us += shared * 8 * way.rows * min(way.BM, m) / _SUM_BYTES_PER_US
+    return Cut(way, programs, tiles_m, tiles_n, trips, parts, us, sum_rows, sum_early)
+
+
+def _summing(tiles: int, tile: int, rows: int, processors: int) -> tuple[int, bool]:
+    """``sum_rows`` and ``sum_early``, given tiles of 64 weight rows; they have ``rows`` of at most ``tile`` of x."""
+    for each in (16, 32, 64):
+        if tiles * triton.cdiv(rows, each) <= processors:
+            return min(each, tile), True
+    return min(16, tile), False
 
 
 def _cut_to_strips(way: Strips, n: int, k: int, processors: int) -> Cut | None:

@@ -55,18 +55,28 @@ def dequantize_kernel(
     R: tl.constexpr,
     C: tl.constexpr,
     ITERS: tl.constexpr,
+    IN_FRONT: tl.constexpr,  # of a product that waits for it: as short as can be from the wait to the end
 ):
     BLOCK: tl.constexpr = 16 if FORMAT == "nvfp4" else 32
     E: tl.constexpr = 128 // out_ptr.dtype.element_ty.primitive_bitwidth
     SPLIT: tl.constexpr = BLOCK // E
     BYTES: tl.constexpr = E if FORMAT == "mxfp8" else E // 2  # of payload for a thread
-    p.wait_for_previous()
+    ORDER: tl.constexpr = t.LINEAR if IN_FRONT else LAYOUT  # with few rows, those that share a word are not there
     pid = tl.program_id(0)
+    if IN_FRONT:
+        p.let_next_start()
+        for i in tl.static_range(ITERS):
+            row, col, part = t.position(pid, col_tiles, i, ORDER, R, C, SPLIT, ITERS)
+            there = (row < rows) & (col < blocks)
+            place = row.to(tl.int64) * row_units + (col * SPLIT + part)
+            p.prefetch(payload_ptr + place * BYTES, there)
+            p.prefetch(scales_ptr + t.scale_offset(row, col, padded_cols, LAYOUT), there)
+    p.wait_for_previous()
     # All loads come before the first store, past which the compiler moves none.
     payloads = ()
     steps = ()
     for i in tl.static_range(ITERS):
-        row, col, part = t.position(pid, col_tiles, i, LAYOUT, R, C, SPLIT, ITERS)
+        row, col, part = t.position(pid, col_tiles, i, ORDER, R, C, SPLIT, ITERS)
         there = (row < rows) & (col < blocks)
         place = row.to(tl.int64) * row_units + (col * SPLIT + part)
         payloads += (t.load_narrow(payload_ptr, place, there, BYTES),)
@@ -76,7 +86,7 @@ def dequantize_kernel(
         _, decode = p.encode_decode(tl.load(global_scale_ptr + tl.arange(0, 1)), INVERSED)
 
     for i in tl.static_range(ITERS):
-        row, col, part = t.position(pid, col_tiles, i, LAYOUT, R, C, SPLIT, ITERS)
+        row, col, part = t.position(pid, col_tiles, i, ORDER, R, C, SPLIT, ITERS)
         there = (row < rows) & (col < blocks)
         if FORMAT == "mxfp8":
             values = p.decode_e4m3_word(payloads[i])
@@ -111,17 +121,35 @@ def _tiling_on_gpu(layout: str, rows: int, blocks: int, split: int) -> Tiling:
     return tile._replace(ITERS=4 if rows * blocks * split >= 1 << 20 else 1)
 
 
+_THREADS_AT_ONCE = 1 << 18
+"""What the largest GPUs hold: only if all are there can a kernel let the next one start."""
+
+
+def _tiling_in_front(rows: int, blocks: int, split: int) -> Tiling | None:
+    """For a matrix that is decoded in front of a product; None where it is large."""
+    if rows * blocks * split > _THREADS_AT_ONCE:
+        return None
+    R = min(triton.next_power_of_2(rows), 8 // split)
+    return Tiling(R, 256 // (R * split), SPLIT=split)
+
+
 def shipped_tilings(layout: str, split: int) -> list[Tiling]:
     """Whatever :func:`tiling` returns."""
     return list(dict.fromkeys(_tiling_on_gpu(layout, 1 << i, 1 << 8, split) for i in range(20)))
 
 
 def decoded(operand: Operand, dtype: torch.dtype) -> Tensor:
-    """A side of a product as it is, or decoded without its global scale: 16 bits hold each code times its scale."""
+    """A side of a product as it is, or decoded without its global scale: 16 bits hold each code times its scale.
+
+    Whatever is launched next has to wait for this, as products do.
+    """
     if operand.scales is None:
         return operand.elements
-    out = torch.empty(operand.elements.shape[0], operand.k, dtype=dtype, device=operand.elements.device)
-    dequantize_rows(operand.elements, operand.scales, FORMATS[operand.format], operand.layout, None, False, out)
+    fmt, rows = FORMATS[operand.format], operand.elements.shape[0]
+    out = torch.empty(rows, operand.k, dtype=dtype, device=operand.elements.device)
+    tile = _tiling_in_front(rows, operand.k // fmt.block_size, fmt.block_size * dtype.itemsize // 16)
+    in_front = tile is not None
+    dequantize_rows(operand.elements, operand.scales, fmt, operand.layout, None, False, out, tile, in_front)
     return out
 
 
@@ -134,8 +162,12 @@ def dequantize_rows(
     inversed: bool,
     out: Tensor,
     tile: Tiling | None = None,
+    in_front: bool = False,
 ) -> None:
-    """Dequantise ``payload``, flattened to rows, with contiguous ``scales`` in their layout, into ``out``."""
+    """Dequantise ``payload``, flattened to rows, with contiguous ``scales`` in their layout, into ``out``.
+
+    ``in_front``: the next kernel is a product that waits for this one.
+    """
     if not out.numel():
         return
     elements = 16 // out.element_size()
@@ -155,7 +187,7 @@ def dequantize_rows(
     padded_rows, padded_cols = scale_layouts.scale_shape(rows, blocks, layout)
     launch(
         dequantize_kernel,
-        (triton.cdiv(padded_rows, tile.R * tile.ITERS) * col_tiles,),
+        (triton.cdiv(rows if in_front else padded_rows, tile.R * tile.ITERS) * col_tiles,),
         tile.threads,
         out.device,
         payload,
@@ -174,11 +206,12 @@ def dequantize_rows(
         R=tile.R,
         C=tile.C,
         ITERS=tile.ITERS,
+        IN_FRONT=in_front,
     )
 
 
 def aot_cases() -> Iterator[AotCase]:
-    """Every format to bf16 and fp32, and the layouts and forms of global scale for NVFP4."""
+    """Every format to bf16 and fp32, the layouts and forms of global scale for NVFP4, and in front of a product."""
     for fmt in FORMATS.values():
         form = 1 if fmt.has_global_scale else 0
         for dtype in ("bf16", "fp32"):
@@ -189,16 +222,24 @@ def aot_cases() -> Iterator[AotCase]:
         (scale_layouts.LINEAR, "bf16", 1, 1),
     ):
         yield _aot_case(NVFP4, layout, dtype, form, True, rows)
+    for rows in (1, 64):
+        for fmt in FORMATS.values():
+            yield _aot_case(fmt, scale_layouts.SWIZZLED_128X4, "bf16", 0, False, rows, in_front=True)
+    yield _aot_case(NVFP4, scale_layouts.SWIZZLED_8X4, "bf16", 0, False, 64, in_front=True)
 
 
-def _aot_case(fmt: BlockFormat, layout: str, dtype: str, form: int, inversed: bool, rows: int) -> AotCase:
-    tile = tiling(layout, rows, 1 << 8, fmt.block_size // (4 if dtype == "fp32" else 8))
+def _aot_case(
+    fmt: BlockFormat, layout: str, dtype: str, form: int, inversed: bool, rows: int, in_front: bool = False
+) -> AotCase:
+    sizes = rows, 1 << 8, fmt.block_size // (4 if dtype == "fp32" else 8)
+    tile = (_tiling_in_front(*sizes) if in_front else None) or tiling(layout, *sizes)
     signature = {"payload_ptr": "*u8", "scales_ptr": "*u8", "out_ptr": f"*{dtype}", **dict.fromkeys(_SIZES, "i32")}
     constants = {"FORMAT": fmt.name, "LAYOUT": LAYOUT_CODES[layout], "GLOBAL": form, "INVERSED": inversed}
-    constants |= {"R": tile.R, "C": tile.C, "ITERS": tile.ITERS}
+    constants |= {"R": tile.R, "C": tile.C, "ITERS": tile.ITERS, "IN_FRONT": in_front}
     if form:
         signature["global_scale_ptr"] = "*fp32"
     else:
         constants["global_scale_ptr"] = None
-    name = f"dequantize-{fmt.name}-{layout}-{dtype}-gs{form}{'i' * inversed}-{tile.R}x{tile.C}x{tile.ITERS}"
+    form_name = "front" if in_front else f"gs{form}{'i' * inversed}"
+    name = f"dequantize-{fmt.name}-{layout}-{dtype}-{form_name}-{tile.R}x{tile.C}x{tile.ITERS}"
     return AotCase(name, dequantize_kernel, signature, constants, tile.threads)

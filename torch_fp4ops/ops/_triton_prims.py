@@ -60,9 +60,32 @@ def wait_for_previous():
     if not INTERPRETED:
         if _is_cuda():
             wait: tl.constexpr = _from_9_0_on("griddepcontrol.wait")
-            start: tl.constexpr = _from_9_0_on("griddepcontrol.launch_dependents")
             tl.inline_asm_elementwise(wait, "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+            let_next_start()
+
+
+@triton.jit
+def let_next_start():
+    """Before the wait, too: the next kernel waits for this one, which waits for those before."""
+    if not INTERPRETED:
+        if _is_cuda():
+            start: tl.constexpr = _from_9_0_on("griddepcontrol.launch_dependents")
             tl.inline_asm_elementwise(start, "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def prefetch(pointers, mask):
+    """Have the L2 cache fetch what lies there, also before the wait: a store by another kernel goes to that cache."""
+    if not INTERPRETED:
+        if _is_cuda():
+            tl.inline_asm_elementwise(
+                "{ .reg .pred there; setp.ne.b32 there, $2, 0; @there prefetch.global.L2 [$1]; mov.b32 $0, 0; }",
+                "=r,l,r",
+                [pointers, mask.to(tl.int32)],
+                tl.int32,
+                is_pure=False,
+                pack=1,
+            )
 
 
 # Bits
