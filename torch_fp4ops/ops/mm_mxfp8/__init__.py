@@ -38,7 +38,7 @@ def _contract(call: Call) -> Out:
 _PREFERENCES = (
     _preferences.FLASHINFER,
     _preferences.TRTLLM,
-    _preferences.gluon(1.56, 0.93),
+    _preferences.gluon(1.6, 0.95),
     Preference(
         "triton",
         "cuda",
