@@ -220,9 +220,9 @@ def _compile(case: Any, gpu: Any, options: dict[str, Any], share: bool) -> tuple
 
 def _for_target(llir: str, gpu: Any) -> str:
     """The same but for what kernels begin with, which is a comment before compute capability 9.0."""
-    for instruction in ("griddepcontrol.wait", "griddepcontrol.launch_dependents"):
+    for action in ("wait", "launch_dependents"):
         for either in (80, 90):
-            forms = (_triton_prims.from_9_0_on(instruction, capability) for capability in (either, gpu.arch))
+            forms = (_triton_prims.griddepcontrol(action, capability) for capability in (either, gpu.arch))
             llir = llir.replace(*forms)
     return llir
 

@@ -41,14 +41,14 @@ def _is_cuda(_semantic=None):
     return tl.constexpr(_semantic.builder.options.backend_name == "cuda")
 
 
-def from_9_0_on(instruction, capability):
-    """Assembly of an instruction without operands: a comment for GPUs before compute capability 9.0, given as 90."""
-    return f"{instruction}; // $0" if capability >= 90 else f"// {instruction}; $0"
+def griddepcontrol(action, capability):
+    """Assembly: a comment for GPUs before compute capability 9.0, given as 90."""
+    return f"griddepcontrol.{action}; // $0" if capability >= 90 else f"// griddepcontrol.{action}; $0"
 
 
 @tl.core.builtin
-def _from_9_0_on(instruction, _semantic=None):
-    return tl.constexpr(from_9_0_on(instruction.value, int(_semantic.builder.options.arch[2:])))
+def _for_this_gpu(action, _semantic=None):
+    return tl.constexpr(griddepcontrol(action.value, int(_semantic.builder.options.arch[2:])))
 
 
 @triton.jit
@@ -59,7 +59,7 @@ def wait_for_previous():
     """
     if not INTERPRETED:
         if _is_cuda():
-            wait: tl.constexpr = _from_9_0_on("griddepcontrol.wait")
+            wait: tl.constexpr = _for_this_gpu("wait")
             tl.inline_asm_elementwise(wait, "=r", [], dtype=tl.int32, is_pure=False, pack=1)
             let_next_start()
 
@@ -69,7 +69,7 @@ def let_next_start():
     """Before the wait, too: the next kernel waits for this one, which waits for those before."""
     if not INTERPRETED:
         if _is_cuda():
-            start: tl.constexpr = _from_9_0_on("griddepcontrol.launch_dependents")
+            start: tl.constexpr = _for_this_gpu("launch_dependents")
             tl.inline_asm_elementwise(start, "=r", [], dtype=tl.int32, is_pure=False, pack=1)
 
 
