@@ -66,23 +66,23 @@ WAYS = (
     Way(16, KS=4, STAGES=6, STREAM=True, start=3.3, step=0.2),
     Way(16, KS=4, STAGES=3, STREAM=True, RESIDENT=2, start=4.3, step=0.25, shared_step=0.385),
     Way(16, KW=2, KS=2, STAGES=8, RESIDENT=2, start=3.6, step=0.12, shared_step=0.2),
-    Way(32, KS=2, STAGES=8, AHEAD=2, STREAM=True, start=3.8, step=0.185, tile=0.7),
-    Way(32, KS=2, STAGES=6, AHEAD=2, STREAM=True, RESIDENT=2, start=3.2, step=0.26, shared_step=0.346),
+    Way(32, KS=2, STAGES=8, AHEAD=2, STREAM=True, start=4.1, step=0.183, tile=0.9),
+    Way(32, KS=2, STAGES=6, AHEAD=2, STREAM=True, RESIDENT=2, start=3.5, step=0.26, shared_step=0.346),
     Way(32, KS=2, STAGES=6, AHEAD=2, RESIDENT=2, start=4.1, step=0.167, shared_step=0.348),
     Way(32, KW=2, KS=2, STAGES=12, AHEAD=2, STREAM=True, start=3.9, step=0.096, tile=1.2),
     Way(32, KW=2, KS=4, STAGES=8, AHEAD=2, start=3.6, step=0.093, tile=0.9),
     Way(32, KW=2, KS=4, RESIDENT=2, start=3.0, step=0.116, shared_step=0.183, tile=2.4),
     Way(64, KS=2, STAGES=6, AHEAD=2, STREAM=True, start=3.0, step=0.234, tile=2.0),
-    Way(64, KS=2, AHEAD=2, STREAM=True, RESIDENT=2, start=1.8, step=0.32, shared_step=0.463, tile=4.0),
+    Way(64, KS=2, AHEAD=2, STREAM=True, RESIDENT=2, start=2.6, step=0.32, shared_step=0.457, tile=5.0),
     Way(64, KS=2, AHEAD=2, ONCE=True, RESIDENT=2, start=3.5, step=0.218, shared_step=0.417),
     Way(64, RESIDENT=2, start=3.2, step=0.273, shared_step=0.43, tile=0.1),
     Way(64, KW=2, KS=2, STAGES=8, AHEAD=2, STREAM=True, start=3.0, step=0.148, tile=0.5),
-    Way(64, KW=2, KS=2, STAGES=8, AHEAD=2, start=3.4, step=0.12, tile=1.4),
+    Way(64, KW=2, KS=2, STAGES=8, AHEAD=2, start=3.5, step=0.121, tile=1.4),
     Way(64, KW=2, STAGES=8, RESIDENT=2, start=3.5, step=0.135, shared_step=0.236, tile=0.2),
     Way(128, KW=2, STAGES=8, start=4.0, step=0.194, tile=1.6),
-    Way(128, KS=2, AHEAD=2, STREAM=True, start=2.8, step=0.361, tile=2.9, alike=0.93),
+    Way(128, KS=2, AHEAD=2, STREAM=True, start=2.8, step=0.361, tile=2.9, alike=0.925),
     Way(128, KS=2, AHEAD=2, start=2.3, step=0.331, tile=0.6),
-    Way(128, R=2, STAGES=5, STREAM=True, start=3.6, step=0.712, tile=1.0, alike=0.9),
+    Way(128, R=2, STAGES=5, STREAM=True, start=3.6, step=0.712, tile=1.0, alike=0.92),
     Way(128, R=2, STAGES=5, start=1.1, step=0.667, tile=0.3),
     Way(256, STREAM=True, start=3.9, step=0.698, tile=4.4, alike=0.89),
     Way(256, start=1.6, step=0.65),
@@ -172,10 +172,10 @@ def cut(way: Way | Strips, m: int, n: int, k: int, processors: int) -> Cut | Non
     us = way.start + most_trips * 4 * way.KW * step + (most_tiles - 1) * way.tile
     sum_rows, sum_early = 0, False
     if parts > 1:
-        shared = programs if alike else 2 * programs
+        shared = programs if alike else min(2 * programs, programs + tiles)
         sum_rows, sum_early = _summing(tiles * way.rows // 64, way.BM, min(way.BM, m), processors)
         us += _SUM_EARLY_START if sum_early else _SUM_START
-        us += shared * 8 * way.rows * min(way.BM, m) / _SUM_BYTES_PER_US
+        us += shared * 4 * way.rows * (way.BM + min(way.BM, m)) / _SUM_BYTES_PER_US
     return Cut(way, programs, tiles_m, tiles_n, trips, parts, us, sum_rows, sum_early)
 
 
