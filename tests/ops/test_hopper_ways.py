@@ -66,11 +66,10 @@ def test_what_comes_early_to_add_parts_up_has_a_multiprocessor_each(processors):
                 if chosen is None or chosen.parts == 1:
                     assert chosen is None or not chosen.sum_early
                     continue
-                rows = min(way.BM, m)
-                programs = chosen.tiles_m * chosen.tiles_n * way.rows // 64 * -(-rows // chosen.sum_rows)
+                rows, tiles = min(way.BM, m), chosen.tiles_m * chosen.tiles_n * way.rows // 64
                 assert way.BM % chosen.sum_rows == 0 and _hopper_launch._sum_threads(chosen.sum_rows) <= 512
-                assert chosen.sum_early == (programs <= processors) or chosen.sum_rows == min(16, way.BM)
-                assert not chosen.sum_early or programs <= processors
+                assert chosen.sum_early == (tiles * -(-rows // 64) <= processors)
+                assert not chosen.sum_early or tiles * -(-rows // chosen.sum_rows) <= processors
                 early.add(chosen.sum_early)
     assert early == {True, False}
 

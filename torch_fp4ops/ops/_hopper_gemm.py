@@ -117,7 +117,7 @@ def _loader(d, s, out, sums, alpha, M, N, tiles_m, tiles_n, TRIPS, C: gl.constex
                 _load_stage(d, s, st, pm, pn, k * STEPS + i * C.KS, KT, M, C)
                 st, phase = _after(st, phase, i, 1, 0, C)
         p += k1 - k0
-    if C.STREAM and C.SUM_EARLY:
+    if C.SUM_EARLY:
         let_next_start()
     if not C.MMA:
         # Warp groups fetch ahead: each waits for some stages more than it multiplies, whatever is in them.

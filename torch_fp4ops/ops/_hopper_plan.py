@@ -32,7 +32,7 @@ class Plan(NamedTuple):
     """How many steps before its product a tile of codes is fetched from shared memory: 1, or 2 if not R == 2."""
     STREAM: bool
     SUM_EARLY: bool
-    """With STREAM: what adds parts up may start once the last load is issued."""
+    """What adds parts up, so only with STREAM, may start once the last load is issued."""
     ONCE: bool
     """Each program has one tile, so that results can be where stages were."""
     TMA_STORE: bool

@@ -173,9 +173,10 @@ def cut(way: Way | Strips, m: int, n: int, k: int, processors: int) -> Cut | Non
     sum_rows, sum_early = 0, False
     if parts > 1:
         shared = programs if alike else min(2 * programs, programs + tiles)
-        sum_rows, sum_early = _summing(tiles * way.rows // 64, way.BM, min(way.BM, m), processors)
+        rows = min(way.BM, m)
+        sum_rows, sum_early = _summing(tiles * way.rows // 64, way.BM, rows, processors)
         us += _SUM_EARLY_START if sum_early else _SUM_START
-        us += shared * 4 * way.rows * (way.BM + min(way.BM, m)) / _SUM_BYTES_PER_US
+        us += shared * 4 * way.rows * (way.BM + rows) / _SUM_BYTES_PER_US
     return Cut(way, programs, tiles_m, tiles_n, trips, parts, us, sum_rows, sum_early)
 
 

@@ -37,6 +37,17 @@ __all__ = ["decoded", "dequantize_kernel", "dequantize_rows"]
 _SIZES = ["rows", "row_units", "blocks", "padded_cols", "col_tiles"]
 
 
+@triton.jit
+def _unit(
+    pid, col_tiles, i, rows, blocks, row_units, ORDER: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+    SPLIT: tl.constexpr, ITERS: tl.constexpr,
+):  # fmt: skip
+    """As :func:`position`, and whether there is such a part of a block and where its payload lies."""
+    row, col, part = t.position(pid, col_tiles, i, ORDER, R, C, SPLIT, ITERS)
+    there = (row < rows) & (col < blocks)
+    return row, col, part, there, row.to(tl.int64) * row_units + (col * SPLIT + part)
+
+
 @triton.jit(do_not_specialize=_SIZES)
 def dequantize_kernel(
     payload_ptr,
@@ -66,9 +77,7 @@ def dequantize_kernel(
     if IN_FRONT:
         p.let_next_start()
         for i in tl.static_range(ITERS):
-            row, col, part = t.position(pid, col_tiles, i, ORDER, R, C, SPLIT, ITERS)
-            there = (row < rows) & (col < blocks)
-            place = row.to(tl.int64) * row_units + (col * SPLIT + part)
+            row, col, _, there, place = _unit(pid, col_tiles, i, rows, blocks, row_units, ORDER, R, C, SPLIT, ITERS)
             p.prefetch(payload_ptr + place * BYTES, there)
             p.prefetch(scales_ptr + t.scale_offset(row, col, padded_cols, LAYOUT), there)
     p.wait_for_previous()
@@ -76,9 +85,7 @@ def dequantize_kernel(
     payloads = ()
     steps = ()
     for i in tl.static_range(ITERS):
-        row, col, part = t.position(pid, col_tiles, i, ORDER, R, C, SPLIT, ITERS)
-        there = (row < rows) & (col < blocks)
-        place = row.to(tl.int64) * row_units + (col * SPLIT + part)
+        row, col, _, there, place = _unit(pid, col_tiles, i, rows, blocks, row_units, ORDER, R, C, SPLIT, ITERS)
         payloads += (t.load_narrow(payload_ptr, place, there, BYTES),)
         steps += (tl.load(scales_ptr + t.scale_offset(row, col, padded_cols, LAYOUT), mask=there, other=0),)
     decode = tl.full((1,), 1.0, tl.float32)
@@ -86,8 +93,7 @@ def dequantize_kernel(
         _, decode = p.encode_decode(tl.load(global_scale_ptr + tl.arange(0, 1)), INVERSED)
 
     for i in tl.static_range(ITERS):
-        row, col, part = t.position(pid, col_tiles, i, ORDER, R, C, SPLIT, ITERS)
-        there = (row < rows) & (col < blocks)
+        row, col, part, there, _ = _unit(pid, col_tiles, i, rows, blocks, row_units, ORDER, R, C, SPLIT, ITERS)
         if FORMAT == "mxfp8":
             values = p.decode_e4m3_word(payloads[i])
         else:
