@@ -111,9 +111,10 @@ def faults(wanted: Wanted, target: str, got: Compiled) -> str:
     found += [f"no {pattern}" for pattern in wanted.has if not re.search(pattern, got.assembly)]
     found += [f"has {pattern}" for pattern in wanted.has_not if re.search(pattern, got.assembly)]
     if TARGETS[target][0] == "cuda" and int(TARGETS[target][1]) >= 90:
-        waits = 1  # or one for each kind of warps; X_LAYOUT: some decode activations
+        waits = 1  # or one for each kind of warps: groups that multiply, some that decode activations, one that loads
         if "setmaxnreg" in got.assembly:
-            waits = 4 if wanted.case.constants.get("X_LAYOUT") else 3
+            constants = wanted.case.constants
+            waits = (constants.get("OWN") or 2) + (2 if constants.get("X_LAYOUT") else 1)
         early = TOUCHES_MEMORY.search(got.assembly.partition(WAIT)[0])
         if got.assembly.count(WAIT) != waits or early:
             found.append(f"touches memory before it waits: {early and early[0]}")

@@ -13,8 +13,7 @@ pytest.importorskip("triton", reason="needs Triton")
 import triton
 import triton.language as tl
 
-from torch_fp4ops import scale_layouts
-from torch_fp4ops.formats import NVFP4
+from torch_fp4ops.formats import MXFP8, NVFP4
 from torch_fp4ops.ops import _hopper_launch
 from torch_fp4ops.ops._hopper_ways import STRIPS, WAYS, Way, cut
 from torch_fp4ops.ops._triton_gemm_launch import Operand
@@ -22,6 +21,7 @@ from torch_fp4ops.testing import assert_same_bytes
 from torch_fp4ops.testing.samples import values
 
 from .test_every_op import tensors
+from .test_hopper_strips import quantized_rows
 from .test_on_gpu import CASES, able, call, gpu_samples
 
 pytestmark = pytest.mark.gpu
@@ -115,28 +115,31 @@ def assert_waits(pairs: list[tuple[Tensor, Tensor]], run: Callable[[], list[Tens
                 assert_same_bytes(a, b, f"tensor {last} written late")
 
 
-@pytest.mark.parametrize("way", [*WAYS, *STRIPS[::5]], ids=str)
+PRODUCTS = [(NVFP4, way) for way in (*WAYS, *STRIPS["nvfp4"][::4])]
+PRODUCTS += [(MXFP8, way) for way in (WAYS[-5], WAYS[-1], *STRIPS["mxfp8"][2::4])]
+
+
+@pytest.mark.parametrize(("fmt", "way"), PRODUCTS, ids=str)
 @pytest.mark.parametrize("quantized", [False, True])
-def test_products_wait_however_they_are_cut_up(way, quantized):
+def test_products_wait_however_they_are_cut_up(fmt, way, quantized):
     if _hopper_launch.unavailable(torch.device("cuda", 0)):
         pytest.skip("needs compute capability 9.0")
     m, n, k = 2 * way.BM if isinstance(way, Way) else way.BM, 896, 4096
     chosen = cut(way, m, n, k, torch.cuda.get_device_properties(0).multi_processor_count)
     if chosen is None:
         pytest.skip("not a way for these sizes")
-    bytes_of = [torch.randint(40, 72, (n, k // per), device="cuda", dtype=torch.uint8) for per in (2, 16)]
+    weights = quantized_rows(n, k, fmt, "128x4", 1, "cuda")
     alpha = torch.rand(1, device="cuda") + 0.5
     rows = [torch.randn(m, k, device="cuda").bfloat16()]
     if quantized:
-        shape = scale_layouts.scale_shape(m, k // 16, "128x4")
-        rows = [torch.randint(0, 256, (m, k // 2), device="cuda", dtype=torch.uint8)]
-        rows.append(torch.randint(40, 72, shape, device="cuda", dtype=torch.uint8))
-    pairs = [(t, torch.empty_like(t)) for t in (*bytes_of, alpha, *rows)]
+        a = quantized_rows(m, k, fmt, "128x4", 2, "cuda")
+        rows = [a.elements, a.scales]
+    pairs = [(t, torch.empty_like(t)) for t in (weights.elements, weights.scales, alpha, *rows)]
 
     def product(weight: Tensor, scale: Tensor, alpha: Tensor, *rows: Tensor) -> list[Tensor]:
-        a = Operand.of(NVFP4, rows[0], rows[1], "128x4") if quantized else Operand(rows[0])
+        a = Operand.of(fmt, rows[0], rows[1], "128x4") if quantized else Operand(rows[0])
         out = torch.empty(m, n, device="cuda", dtype=torch.bfloat16)
-        _hopper_launch.multiply(a, weight, scale, NVFP4, out, alpha, chosen)
+        _hopper_launch.multiply(a, weight, scale, fmt, out, alpha, chosen)
         return [out]
 
     wanted = product(*(source for source, _ in pairs))

@@ -15,13 +15,19 @@ from torch_fp4ops.hopper_layout import hopper_size, pack_hopper_weight, unpack_h
 from torch_fp4ops.testing import assert_same_bytes
 
 from .test_hopper import dequantized, storable, values
+from .test_hopper_ways import check_way
 
 pytest.importorskip("triton.experimental.gluon", reason="needs Gluon")
 
-from torch_fp4ops.ops import _hopper_launch, _hopper_ways
-from torch_fp4ops.ops._hopper_ways import STRIPS, WAYS, Strips, choose, cut, decoding
+from torch_fp4ops.ops import _hopper_launch, _hopper_strips, _hopper_ways
+from torch_fp4ops.ops._hopper_ways import STRIPS, WAYS, Strips, choose, cut, decodes
 from torch_fp4ops.ops._triton_dequantize import decoded as decoded_before
 from torch_fp4ops.ops._triton_gemm_launch import Operand
+
+FORMATS_AND_WAYS = [(fmt, way) for fmt in (NVFP4, MXFP8) for way in STRIPS[fmt.name]]
+formats_and_ways = pytest.mark.parametrize(
+    ("fmt", "way"), FORMATS_AND_WAYS, ids=[f"{fmt.name}-{way.BM}x{way.S}x{way.KS}" for fmt, way in FORMATS_AND_WAYS]
+)
 
 
 def box(descriptor, at):
@@ -67,12 +73,14 @@ class Simulated:
         self, i, x_desc, codes_desc, scales_desc, x_codes, x_scales, x_units, x_cols, out, alpha, m, n, k_steps, steps,
         **constants,
     ):  # fmt: skip
-        s, ks, stages = constants["S"], constants["KS"], constants["STAGES"]
+        s, ks, stages, own = constants["S"], constants["KS"], constants["STAGES"], constants["OWN"]
+        turns = 1 if own else 2
         width = codes_desc.block_shape[2]
         pieces = codes_desc.block_shape[1]
-        assert steps % ks == 0 and s % width == 0 and stages * ks * pieces >= constants["BM"]  # room for the sums
+        room, needed = stages * ks * s * pieces * 512, s * 4 * turns * 16 * constants["BM"] * 4
+        assert steps % ks == 0 and s % width == 0 and room >= needed  # for the sums, where codes are
         first = min(i * s, n // 16 - s)
-        sums = torch.zeros(s, 8, 16, constants["BM"])
+        sums = torch.zeros(s, 4 * turns, 16, constants["BM"])
         if x_desc is None:
             layout = "128x4" if constants["X_LAYOUT"] == 1 else "8x4"
             rows = decoded_rows(x_codes, x_scales, x_units, x_cols, layout, m, k_steps, self.fmt)
@@ -87,8 +95,8 @@ class Simulated:
                 scales = box(scales_desc, [row, strip % 8, 0])[:, j % width]
                 for q in range(0, ks, 4):
                     w = decoded(codes[q : q + 4], scales[q : q + 4], self.fmt)
-                    group = k // ks % 2 * 4
-                    sums[j, group : group + 4] += w @ x[q : q + 4].mT
+                    first_warp = k // ks % turns * 4
+                    sums[j, first_warp : first_warp + 4] += w @ x[q : q + 4].mT
         # What is decoded there of NVFP4 is 2^-7 of what it stands for, as the weight is.
         assert constants["FACTOR"] == (2.0**7 if self.fmt is NVFP4 else 1.0) ** (1 if x_desc is not None else 2)
         result = sums.sum(1).view(s * 16, -1)[:, :m].T * (1 if alpha is None else alpha.reshape(-1, 1))
@@ -96,8 +104,10 @@ class Simulated:
 
 
 @pytest.mark.parametrize("fmt", [NVFP4, MXFP4, MXFP8], ids=lambda fmt: fmt.name)
-@pytest.mark.parametrize(("s", "ks"), [(1, 4), (2, 8), (3, 4), (4, 4), (14, 4), (8, 8)])
-def test_programs_load_and_multiply_every_strip_once(fmt, s, ks):
+@pytest.mark.parametrize(
+    ("s", "ks", "own"), [(1, 4, 0), (2, 8, 0), (2, 8, 2), (3, 4, 0), (4, 4, 0), (14, 4, 3), (6, 8, 3)]
+)
+def test_programs_load_and_multiply_every_strip_once(fmt, s, ks, own):
     m, n, k = 3, 250, 448
     codes, scales = storable(s, n, k, fmt)
     clean = torch.arange(n) % 3 > 0  # leave rows without NaN
@@ -106,7 +116,7 @@ def test_programs_load_and_multiply_every_strip_once(fmt, s, ks):
     x = values(m, m, k)
     out = torch.full((m, weight.shape[0]), float("nan"), dtype=torch.float32)
     alpha = torch.tensor([0.5, 2.0, -1.0])
-    way = Strips(8, s, ks, 4, start=4.0, strip=0.02)
+    way = Strips(8, s, ks, 3 if own else 4, own, start=4.0, step=0.004, strip=0.02)
     with mock.patch("torch_fp4ops.ops._hopper_strips.strips_kernel", Simulated(fmt)):
         _hopper_launch.multiply(Operand(x), weight, scale, fmt, out, alpha, cut(way, m, weight.shape[0], 512, 132))
     w = dequantized(codes, scales, fmt).double()
@@ -132,13 +142,13 @@ def quantized_rows(m, k, fmt, layout, seed, device="cpu", any_scale=False):
 @pytest.mark.parametrize("fmt", [NVFP4, MXFP4, MXFP8], ids=lambda fmt: fmt.name)
 @pytest.mark.parametrize("layout", ["128x4", "8x4"])
 def test_programs_read_the_rows_that_they_decode(fmt, layout):
-    m, n, k = 9, 128, 448
+    m, n, k = 7, 128, 448
     codes, scales = storable(3, n, k, fmt)
     scales = torch.where((scales & 0x7F) == 0x7F, 0x3F, scales)
     weight, scale = pack_hopper_weight(codes, scales, fmt)
     rows = quantized_rows(m, k, fmt, layout, 4)
-    way = Strips(16, 8, 8, 4, start=4.0, strip=0.02)
-    assert decoding(way, fmt.name, k) == next(each for each in STRIPS if each[:3] == (16, 8, 4))
+    way = Strips(8, 4, 8, 4, 0, start=4.0, step=0.004, strip=0.02)
+    assert decodes(way, fmt.name, k)
     out = torch.empty(m, n)
     with mock.patch("torch_fp4ops.ops._hopper_strips.strips_kernel", Simulated(fmt)):
         _hopper_launch.multiply(rows, weight, scale, fmt, out, None, cut(way, m, n, 512, 132))
@@ -150,18 +160,17 @@ def test_programs_read_the_rows_that_they_decode(fmt, layout):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("fmt", [NVFP4, MXFP4, MXFP8], ids=lambda fmt: fmt.name)
-@pytest.mark.parametrize("way", STRIPS[::3], ids=lambda way: f"{way.BM}x{way.S}x{way.KS}")
+@formats_and_ways
 def test_rows_decoded_in_the_product_are_those_decoded_before(fmt, way):
     """Bit for bit, also where programs are many and calls follow each other; NaN and infinite scales included."""
     if _hopper_launch.unavailable(torch.device("cuda", 0)):
         pytest.skip("needs compute capability 9.0")
-    if decoding(way, fmt.name, 512) != way:
+    if not decodes(way, fmt.name, 512):
         pytest.skip("rows are decoded before")
     compared = 0
     for seed, (m, n, k) in enumerate([(1, 896, 512), (way.BM, 2048 * way.S, 1088), (way.BM - 3, 256, 4096)]):
         chosen = cut(way, m, n, hopper_size(n, k)[1], 132)
-        if chosen is None:
+        if chosen is None or not decodes(way, fmt.name, k):
             continue
         codes, scales = storable(seed, n, k, fmt)
         weight, scale = (t.cuda() for t in pack_hopper_weight(codes, scales, fmt))
@@ -180,7 +189,7 @@ def test_rows_decoded_in_the_product_are_those_decoded_before(fmt, way):
 def test_one_row_may_have_any_stride():
     """A slice of one row keeps the stride of its rows; TMA takes those of whole 16 bytes, a view as words whole words."""
     weight, scale = pack_hopper_weight(*storable(0, 128, 256, NVFP4), NVFP4)
-    chosen = cut(STRIPS[1], 1, 128, 256, 132)
+    chosen = cut(STRIPS["nvfp4"][1], 1, 128, 256, 132)
     for rows in (Operand(values(0, 1, 256)), quantized_rows(1, 256, NVFP4, "128x4", 1)):
         elements = rows.elements.new_zeros(3, 261)[:1, : rows.elements.shape[1]]
         elements.copy_(rows.elements)
@@ -191,23 +200,30 @@ def test_one_row_may_have_any_stride():
         assert torch.equal(*outs.nan_to_num(nan=7.0))
 
 
-@pytest.mark.parametrize("way", STRIPS, ids=lambda way: f"{way.BM}x{way.S}x{way.KS}")
-@pytest.mark.parametrize("fmt", FORMATS)
-def test_a_stage_is_always_the_same_groups(fmt, way):
-    """Groups wait for the parity of a stage's phase, and see only every second phase of a stage that they share."""
-    for x_layout in (0, 1):
-        plan = _hopper_launch._strip_plan(way, fmt, torch.bfloat16, x_layout, 1)
-        assert plan.STAGES % 2 == 0 and 2 <= plan.STAGES <= way.STAGES
+@formats_and_ways
+def test_stages_have_room_and_belong_to_groups(fmt, way):
+    """Groups wait for the parity of a stage's phase: those that take turns see only every second phase of each stage."""
+    for x_layout in (0, 1) if decodes(way, fmt.name, 512) else (0,):
+        plan = _hopper_launch._strip_plan(way, fmt.name, torch.bfloat16, x_layout, 1)
+        assert plan.STAGES == way.STAGES >= max(plan.LEAST_STAGES, 2) and plan.STAGES % plan.TURNS == 0
+        strips = [range(_hopper_strips._begin.fn(plan, g), _hopper_strips._end.fn(plan, g)) for g in range(plan.GROUPS)]
+        if plan.OWN:
+            assert list(itertools.chain(*strips)) == list(range(way.S)) and all(strips)
+        else:
+            assert strips == [range(way.S)] * 2
 
 
-@pytest.mark.parametrize("way", [*STRIPS, WAYS[0]], ids=lambda way: f"{way.BM}x{way.KS}")
 @pytest.mark.parametrize("fmt", FORMATS)
-def test_what_decodes_rows_is_cut_up_alike(fmt, way):
-    for k in (512, 4096, 8192, 28672):
-        own = decoding(way, fmt, k)
-        assert own is None or (own in STRIPS and own[:2] == way[:2] and k // 64 % own.KS == 0)
-        assert decoding(way, fmt, 512) is not None or own is None
-    assert isinstance(way, Strips) or own is None
+def test_who_decodes_rows(fmt):
+    """Programs of the product where that is little work beside their weights; a kernel before for tiles, always."""
+    for way in (*STRIPS[fmt], *WAYS):
+        for k in (512, 2048, 4096, 8192, 28672):
+            if isinstance(way, Strips):
+                assert decodes(way, fmt, k) <= decodes(way, fmt, 512)
+            else:
+                assert not decodes(way, fmt, k)
+    one, many = (choose(1, n, 2048, 132, fmt=fmt).way for n in (4096, 28672))
+    assert decodes(one, fmt, 2048) and decodes(many, fmt, 2048) == (fmt == "mxfp8")
 
 
 def test_strips_need_steps_of_64():
@@ -216,8 +232,39 @@ def test_strips_need_steps_of_64():
     assert choose(1, 4096, 4096, 132, whole_steps=False).way in WAYS
 
 
-@pytest.mark.parametrize("way", STRIPS, ids=lambda way: f"{way.BM}x{way.S}x{way.KS}")
-def test_a_way_is_refused_where_it_does_not_fit(way):
+@formats_and_ways
+def test_a_way_is_refused_where_it_does_not_fit(fmt, way):
     assert cut(way, 1, 128 * 8, 256 * 2, 132) is not None
     assert (cut(way, 1, 128, 256, 132) is None) == (way.S > 8 or way.KS > 4)
     assert _hopper_ways.cut(way._replace(KS=8), 1, 4096, 7424, 132) is None
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("m", [8, 16])
+def test_stages_are_short_where_k_is(fmt, m):
+    """With as many strips, eight steps a stage from some 4096 of K on, if the format has both."""
+    for n in (4096, 6144, 8192):
+        ways = [choose(m, n, k, 132, fmt=fmt).way for k in (2048, 3072, 8192, 28672)]
+        assert len({way.S for way in ways}) == 1
+        steps = [way.KS for way in ways]
+        assert steps == ([4, 4, 8, 8] if fmt != "mxfp8" else [8 if n == 4096 else 4] * 4)
+    assert choose(m, 4096, 28672 + 256, 132, fmt=fmt).way.KS == 4
+
+
+@pytest.mark.gpu
+@formats_and_ways
+def test_a_way_by_strips_is_right_and_always_the_same(fmt, way):
+    """Few programs and many, fewer strips than a program's, and fewer stages of steps than the ring has."""
+    if _hopper_launch.unavailable(torch.device("cuda", 0)):
+        pytest.skip("needs compute capability 9.0")
+    checked = 0
+    for m, n, k in (
+        (1, 384, 512),
+        (way.BM, 2112 * way.S // 128 * 128, 1024),
+        (way.BM - 3, 2176 * way.S // 128 * 128, 2304),
+    ):
+        chosen = cut(way, m, n, k, 132)
+        if chosen is not None:
+            check_way(chosen, m, n, k, fmt)
+            checked += 1
+    assert checked

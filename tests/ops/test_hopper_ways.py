@@ -32,12 +32,16 @@ formats = pytest.mark.parametrize("fmt", FORMATS.values(), ids=lambda fmt: fmt.n
 @ways
 @formats
 def test_stages_are_enough_and_have_room(way, fmt):
-    plan = _hopper_launch._plan(way, fmt.name, torch.bfloat16, torch.bfloat16, 1)
-    assert plan.STAGES % plan.KW == 0  # groups that take turns have stages of their own
-    assert (plan.KW if plan.MMA else plan.LEAST_STAGES) <= plan.STAGES
-    assert plan.AHEAD + plan.R <= 3 and not (plan.ONCE and (plan.STREAM or plan.KW > 1 or plan.R > 1))
-    used = plan.STAGES * plan.STAGE_BYTES + plan.RESULT_BYTES + _hopper_launch._BARRIER_BYTES
-    assert used <= _hopper_launch._SHARED_BYTES // way.RESIDENT
+    stages = []
+    for one_tile in (False, True):
+        plan = _hopper_launch._plan(way, fmt.name, torch.bfloat16, torch.bfloat16, 1, one_tile=one_tile)
+        assert plan.STAGES % plan.KW == 0  # groups that take turns have stages of their own
+        assert (plan.KW if plan.MMA else plan.LEAST_STAGES) <= plan.STAGES
+        assert plan.AHEAD + plan.R <= 3 and not (plan.ONCE and (plan.STREAM or plan.KW > 1 or plan.R > 1))
+        used = plan.STAGES * plan.STAGE_BYTES + plan.RESULT_BYTES + _hopper_launch._BARRIER_BYTES
+        assert used <= _hopper_launch._SHARED_BYTES // way.RESIDENT
+        stages.append(plan.STAGES)
+    assert stages[0] <= stages[1]
 
 
 @pytest.mark.parametrize("tile", [32, 64, 128, 256])
@@ -94,11 +98,11 @@ def test_a_way_is_right_and_always_the_same(way, fmt):
         chosen = cut(way, m, n, k, processors)
         if chosen is not None:
             cuts.append(chosen)
-            _check(chosen, m, n, k, fmt)
+            check_way(chosen, m, n, k, fmt)
     assert cuts
 
 
-def _check(chosen: Cut, m: int, n: int, k: int, fmt: BlockFormat) -> None:
+def check_way(chosen: Cut, m: int, n: int, k: int, fmt: BlockFormat) -> None:
     codes = torch.randint(0, 256, (n, k // fmt.elements_per_byte), device="cuda").to(torch.uint8)
     if fmt is MXFP8:
         codes[(codes & 0x7F) == 0x7F] = 0

@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import scale_layouts
 from ..formats import BlockFormat
 from ._hopper_plan import Plan, StripPlan
-from ._hopper_ways import STRIPS, WAYS, Cut, Strips, Way, choose, decoding
+from ._hopper_ways import STRIPS, WAYS, Cut, Strips, Way, choose, decodes
 from ._triton_dequantize import decoded
 from ._triton_gemm_launch import Operand
 from ._triton_launch import INTERPRETED, LAYOUT_CODES, AotCase, global_scale_form, launch, processors, rows_of_units
@@ -28,9 +28,9 @@ _CAPABILITY = (9, 0)
 
 _REGISTERS = {1: (None, 240), 2: (80, 104)}
 """By resident programs: the registers a thread that a program starts with, and those of its warp groups later."""
-_STRIP_REGISTERS = {False: (232, 40, 0), True: (192, 48, 80)}
-"""Of strips, one program to a multiprocessor, by whether x is decoded there: those of the two warp groups that
-multiply, of the warp that loads, which has more places to remember than with tiles, and of the group that decodes."""
+_STRIP_REGISTERS = {(2, False): (232, 40, 0), (3, False): (152, 40, 0), (2, True): (192, 48, 80)}
+"""Of strips, one program to a multiprocessor, by how many warp groups multiply and whether x is decoded there: those of
+the groups, of the warp that loads, which has more places to remember than with tiles, and of the group that decodes."""
 _SHARED_BYTES = 227 * 1024
 _BARRIER_BYTES = 3072  # generously
 
@@ -65,7 +65,7 @@ def product(a: Operand, weight: Tensor, scale: Tensor, fmt: BlockFormat, out: Te
     n = out.shape[1]
     k = weight.shape[1] * fmt.elements_per_byte
     if out.numel():
-        cut = choose(out.shape[0], n, k, processors(out.device), out.dtype, a.k % 64 == 0)
+        cut = choose(out.shape[0], n, k, processors(out.device), out.dtype, a.k % 64 == 0, fmt.name)
         multiply(a, weight, scale, fmt, out, alpha, cut)
 
 
@@ -74,12 +74,8 @@ def multiply(
 ) -> None:
     """``product``, cut up in a given way."""
     alpha, alpha_form = global_scale_form(alpha)
-    if a.scales is not None:
-        way = decoding(cut.way, fmt.name, a.k)
-        if way is not None:
-            cut = cut._replace(way=way)
-        else:
-            a = Operand(decoded(a, torch.bfloat16))
+    if a.scales is not None and not decodes(cut.way, fmt.name, a.k):
+        a = Operand(decoded(a, torch.bfloat16))
     if isinstance(cut.way, Strips):
         _multiply_strips(a, weight, scale, fmt, out, alpha, alpha_form, cut)
     else:
@@ -98,7 +94,8 @@ def _multiply_tiles(
     way = cut.way
     assert isinstance(way, Way)
     m, n = out.shape
-    plan = _plan(way, fmt.name, x.dtype, out.dtype, alpha_form, m)
+    one_tile = cut.tiles_m * cut.tiles_n == cut.programs
+    plan = _plan(way, fmt.name, x.dtype, out.dtype, alpha_form, m, one_tile)
     plan = plan._replace(STREAM=cut.parts > 1, SUM_EARLY=cut.sum_early)
     rows, words = _layout(128, 16, 2), _layout(0, 32, 2)
     x_desc = TensorDescriptor(x, list(x.shape), [x.stride(0), 1], [plan.X_ROWS, 64], rows)
@@ -195,7 +192,16 @@ def _strip_blocks(plan: StripPlan) -> tuple[list[int], list[int], list[int]]:
     return [plan.KS, plan.BM, 64], [plan.KS, plan.PLANES, plan.BOX, 128], [plan.KS, plan.BOX, plan.SCALE_WORDS]
 
 
-def _plan(way: Way, fmt: str, dtype: torch.dtype, out_dtype: torch.dtype, alpha_form: int, m: int = 0) -> Plan:
+def _plan(
+    way: Way,
+    fmt: str,
+    dtype: torch.dtype,
+    out_dtype: torch.dtype,
+    alpha_form: int,
+    m: int = 0,
+    one_tile: bool = False,
+) -> Plan:
+    """``one_tile``: each program has one."""
     from ._hopper_decode import FACTORS
 
     plan = Plan(
@@ -220,7 +226,8 @@ def _plan(way: Way, fmt: str, dtype: torch.dtype, out_dtype: torch.dtype, alpha_
     )
     if fmt == "mxfp8":
         # Weights are twice as large: as many stages as have room.
-        plan = plan._replace(KS=min(way.KS, 2))
+        once = way.ONCE or (one_tile and plan.TMA_STORE and plan.SUBS == 2)
+        plan = plan._replace(KS=min(way.KS, 2), ONCE=once)
         room = _SHARED_BYTES // way.RESIDENT - _BARRIER_BYTES - plan.RESULT_BYTES
         most = room // plan.STAGE_BYTES // way.KW * way.KW
         plan = plan._replace(STAGES=min(way.STAGES * way.KS // plan.KS, most))
@@ -231,7 +238,7 @@ def _plan(way: Way, fmt: str, dtype: torch.dtype, out_dtype: torch.dtype, alpha_
 def _strip_plan(way: Strips, fmt: str, dtype: torch.dtype, x_layout: int, alpha_form: int) -> StripPlan:
     from ._hopper_decode import FACTORS
 
-    registers = _STRIP_REGISTERS[x_layout > 0]
+    registers = _STRIP_REGISTERS[way.OWN or 2, x_layout > 0]
     plan = StripPlan(
         FMT=fmt,
         HALF=dtype == torch.float16,
@@ -239,6 +246,7 @@ def _strip_plan(way: Strips, fmt: str, dtype: torch.dtype, x_layout: int, alpha_
         S=way.S,
         KS=way.KS,
         STAGES=way.STAGES,
+        OWN=way.OWN,
         X_LAYOUT=x_layout,
         ALPHA=alpha_form,
         FACTOR=FACTORS[fmt] ** (2 if x_layout else 1),
@@ -246,8 +254,9 @@ def _strip_plan(way: Strips, fmt: str, dtype: torch.dtype, x_layout: int, alpha_
         LOADER_REGISTERS=registers[1],
         DECODER_REGISTERS=registers[2],
     )
-    room = _SHARED_BYTES - _BARRIER_BYTES
-    return plan._replace(STAGES=min(way.STAGES, room // plan.STAGE_BYTES // 2 * 2))
+    assert plan.STAGES >= plan.LEAST_STAGES and plan.STAGES % plan.TURNS == 0, plan
+    assert plan.STAGES * plan.STAGE_BYTES + _BARRIER_BYTES <= _SHARED_BYTES, plan
+    return plan
 
 
 # What is compiled offline
@@ -271,6 +280,8 @@ def offline_cases() -> Iterator[AotCase]:
     for way in (shared, once, WAYS[-1]):
         yield _offline_case(way, "nvfp4", m=way.BM // 4)
     yield _offline_case(once, "mxfp8", m=once.BM // 4)
+    for way in (WAYS[-5], WAYS[-1]):
+        yield _offline_case(way, "mxfp8", one_tile=True)
     for way in (WAYS[0], WAYS[2], shared, WAYS[-4], WAYS[-3], WAYS[-1]):
         yield _offline_case(way, "mxfp4")
         yield _offline_case(way, "mxfp8")
@@ -292,17 +303,18 @@ def offline_cases() -> Iterator[AotCase]:
         }
         name = f"hopper-sum-{bm}x{parts}-{rows}"
         yield AotCase(name, sum_parts_kernel, signature, constants, _sum_threads(rows), ("N",))
-    for strips in STRIPS:
-        yield _offline_strips(strips, "nvfp4")
-        for fmt in ("nvfp4", "mxfp8"):
-            if decoding(strips, fmt, 256) == strips:
+    for fmt in ("nvfp4", "mxfp8"):
+        for strips in STRIPS[fmt]:
+            if decodes(strips, fmt, 256):
                 yield _offline_strips(strips, fmt, x_layout=1)
-    for strips in (STRIPS[0], STRIPS[-1]):
+            if fmt == "nvfp4" or not decodes(strips, fmt, 1 << 16):
+                yield _offline_strips(strips, fmt)
+    first, *_, last = STRIPS["mxfp4"]
+    for strips in (first, last):
         yield _offline_strips(strips, "mxfp4")
-        yield _offline_strips(strips, "mxfp8")
-    yield _offline_strips(STRIPS[0], "mxfp4", x_layout=1)
-    yield _offline_strips(STRIPS[0], "nvfp4", x_layout=2)
-    yield _offline_strips(STRIPS[-1], "nvfp4", torch.float16, torch.float32, alpha_form=2)
+    yield _offline_strips(first, "mxfp4", x_layout=1)
+    yield _offline_strips(first, "nvfp4", x_layout=2)
+    yield _offline_strips(last, "nvfp4", torch.float16, torch.float32, alpha_form=2)
 
 
 def _offline_case(
@@ -313,10 +325,11 @@ def _offline_case(
     alpha_form: int = 1,
     stream: bool = True,
     m: int = 0,
+    one_tile: bool = False,
 ) -> AotCase:
     from ._hopper_gemm import matmul_kernel
 
-    plan = _plan(way, fmt, dtype, out_dtype, alpha_form, m)
+    plan = _plan(way, fmt, dtype, out_dtype, alpha_form, m, one_tile)
     plan = plan._replace(STREAM=plan.STREAM and stream, SUM_EARLY=plan.STREAM and stream)
     constants: dict[str, Any] = plan._asdict()
     layouts, blocks = (_layout(128, 16, 2), _layout(0, 32, 2)), _blocks(plan)

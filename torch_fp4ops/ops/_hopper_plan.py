@@ -8,7 +8,7 @@ from typing import NamedTuple
 __all__ = ["Plan", "StripPlan"]
 
 _GROUPS = 2
-"""Warp groups that multiply."""
+"""Warp groups that multiply, unless strips' are more."""
 
 
 class Plan(NamedTuple):
@@ -125,7 +125,9 @@ class StripPlan(NamedTuple):
     KS: int
     """Steps of 64 along K a stage, a multiple of 4."""
     STAGES: int
-    """An even number: then each is always the same group's, which a wait for a parity needs."""
+    """Without OWN an even number: then each is always the same group's, which a wait for a parity needs."""
+    OWN: int
+    """Warp groups that have strips of their own, and every stage; 0: two have all strips, and every second stage."""
     X_LAYOUT: int
     """0 where x has 16 bits; where it is quantised as the weight is, the code of its scales' layout."""
     ALPHA: int
@@ -135,6 +137,26 @@ class StripPlan(NamedTuple):
     LOADER_REGISTERS: int
     DECODER_REGISTERS: int
     """A thread of the warp group that decodes x, if it is quantised."""
+
+    @property
+    def GROUPS(self) -> int:
+        """Warp groups that multiply."""
+        return self.OWN or _GROUPS
+
+    @property
+    def TURNS(self) -> int:
+        """Every how many stages are a warp group's."""
+        return 1 if self.OWN else _GROUPS
+
+    @property
+    def SUMS(self) -> int:
+        """Warps that share a strip's K, whose sums meet in shared memory."""
+        return 4 * self.TURNS
+
+    @property
+    def LEAST_STAGES(self) -> int:
+        """With fewer, sums have no room where codes were."""
+        return -(-self.SUMS * 16 * self.BM * 4 // (self.KS * self.PLANES * 512))
 
     @property
     def BOX(self) -> int:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 import triton
 
-__all__ = ["STRIPS", "WAYS", "Cut", "Strips", "Way", "choose", "cut", "decoding"]
+__all__ = ["STRIPS", "WAYS", "Cut", "Strips", "Way", "choose", "cut", "decodes"]
 
 
 class Way(NamedTuple):
@@ -53,10 +53,13 @@ class Strips(NamedTuple):
     S: int
     KS: int
     STAGES: int
+    OWN: int
     start: float
     """What a launch takes beside its steps, in microseconds."""
+    step: float
+    """Microseconds a step of 64 along K takes."""
     strip: float
-    """Microseconds a step of 64 along K and a strip of a program take."""
+    """Microseconds more for each strip of a program."""
 
 
 WAYS = (
@@ -87,43 +90,49 @@ WAYS = (
     Way(256, STREAM=True, start=3.9, step=0.698, tile=4.4, alike=0.89),
     Way(256, start=1.6, step=0.65),
 )
-# About 100 KB of stages are loaded at a time; more were slower. Four steps a stage fit any K, eight wait less often.
-_STRIP_STAGES = {
-    8: {
-        (1, 8): 8, (1, 4): 16, (2, 8): 6, (2, 4): 12, (3, 8): 6, (3, 4): 10, (4, 8): 4, (4, 4): 8,
-        (6, 4): 6, (8, 4): 6, (10, 4): 4, (12, 4): 4, (14, 4): 4,
-    },
-    16: {
-        (1, 8): 6, (1, 4): 10, (2, 8): 4, (2, 4): 8, (3, 8): 4, (3, 4): 8, (4, 8): 4, (4, 4): 6,
-        (6, 4): 6, (8, 4): 4, (10, 4): 4, (12, 4): 4, (14, 4): 4,
-    },
+# No more stages than keep memory busy, some 100 KB: the first one is there sooner then. Eight steps a stage wait less
+# often; four are decoded sooner, which counts where K is short. Groups with strips of their own give a stage back
+# sooner, which is worth more than fewer barriers where stages are large; the third one hides what two wait for.
+_FP4_STRIPS = {
+    (1, 8): (6, 0), (1, 4): (10, 0), (2, 8): (6, 0), (2, 4): (6, 0), (3, 8): (4, 0), (3, 4): (6, 0), (4, 8): (4, 0),
+    (4, 4): (4, 0), (6, 4): (4, 0), (8, 4): (4, 0), (10, 4): (4, 3), (12, 4): (4, 3), (14, 4): (4, 3),
 }  # fmt: skip
-"""By rows of x, strips and steps a stage: the number of stages."""
-STRIPS = tuple(
-    Strips(BM, S, KS, stages, start=3.6 + (0.17 if BM == 8 else 0.2) * S, strip=0.0172 if BM == 8 else 0.0195)
-    for BM, table in _STRIP_STAGES.items()
-    for (S, KS), stages in table.items()
-)
-_STRIPS_STEP, _NEXT_PASS = 0.004, 5.0
+_FP8_STRIPS = {
+    (1, 8): (6, 0), (1, 4): (10, 0), (2, 8): (3, 2), (2, 4): (6, 0), (3, 4): (4, 0), (4, 4): (4, 0), (6, 4): (3, 2),
+    (8, 4): (3, 2), (10, 4): (3, 2), (12, 4): (3, 2), (14, 4): (3, 2),
+}  # fmt: skip
+"""By strips and steps a stage: stages, and warp groups with strips of their own."""
+
+
+def _strips(rows: int, table: dict[tuple[int, int], tuple[int, int]], short: tuple[int, ...] = ()) -> list[Strips]:
+    """Those in ``short`` are quicker than the same with stages of eight steps, if K is short."""
+    start, strip = (0.17, 0.0172) if rows == 8 else (0.2, 0.0195)
+    ways = []
+    for (S, KS), (stages, own) in table.items():
+        is_short = S in short and KS == 4
+        fixed, step = 3.6 + start * S - 0.45 * is_short, 0.004 + 0.008 * is_short
+        ways.append(Strips(rows, S, KS, stages, own, fixed, step, strip))
+    return ways
+
+
+_FP4 = (*_strips(8, _FP4_STRIPS, (2, 3, 4)), *_strips(16, _FP4_STRIPS, (2, 3, 4)))
+_FP8 = (*_strips(8, _FP8_STRIPS), *_strips(16, _FP8_STRIPS | {(2, 8): (4, 0), (3, 4): (6, 0), (4, 4): (4, 2)}))
+STRIPS = {"nvfp4": _FP4, "mxfp4": _FP4, "mxfp8": _FP8}
+_NEXT_PASS = 5.0
 _SUM_START, _SUM_EARLY_START, _SUM_BYTES_PER_US = 1.2, 0.7, 6e6
 
 
-def decoding(way: Way | Strips, fmt: str, k: int) -> Strips | None:
-    """The strips in which a product in this way decodes quantised rows of x of k itself.
+def decodes(way: Way | Strips, fmt: str, k: int) -> bool:
+    """Whether a product in this way decodes quantised rows of x of k itself; else a kernel before does.
 
-    None where a kernel before does, which takes 1 to 1.5 us. In the product each program decodes all rows, which many
-    weights of MXFP8 hide, and large products of FP4, whose weights take as much of the same instructions, do not.
+    That one takes 1 to 1.5 us. In the product each program decodes all rows, which many weights of MXFP8 hide; those of
+    FP4 take as much of the same instructions.
     """
     if not isinstance(way, Strips):
-        return None
+        return False
     if fmt == "mxfp8":
-        here = way.BM == 8 or way.S >= 8
-    else:
-        here = way.BM * k <= 1 << 16 and (way.BM == 8 or way.S > 2) and way.S <= 8
-    if not here:
-        return None
-    # For 16 rows shorter stages are quicker: the first is decoded sooner.
-    return way if way.BM == 8 else next(each for each in STRIPS if each[:3] == (way.BM, way.S, 4))
+        return way.S >= 6 or (way.BM == 8 and (way.S > 1 or k <= 2048))
+    return way.BM == 8 and way.S <= 4 and k <= 8192
 
 
 class Cut(NamedTuple):
@@ -194,7 +203,7 @@ def _cut_to_strips(way: Strips, n: int, k: int, processors: int) -> Cut | None:
         return None
     programs = triton.cdiv(n, 16 * way.S)
     passes = triton.cdiv(programs, processors)
-    us = way.start + passes * steps * (_STRIPS_STEP + way.S * way.strip) + (passes - 1) * _NEXT_PASS
+    us = way.start + passes * steps * (way.step + way.S * way.strip) + (passes - 1) * _NEXT_PASS
     return Cut(way, programs, 1, programs, steps, 1, us)
 
 
@@ -223,6 +232,7 @@ def choose(
     processors: int,
     out_dtype: torch.dtype = torch.bfloat16,
     whole_steps: bool = True,
+    fmt: str = "nvfp4",
 ) -> Cut:
     """The cut of least predicted time for m rows and a weight of n x k, padded.
 
@@ -235,6 +245,6 @@ def choose(
         few = [way for way in ways if isinstance(way, Way) and way.R * way.BM <= 128]
         ways = [way for way in few if way.KW == 1 or way.BM <= 16]
     if whole_steps:
-        ways += [way for way in STRIPS if least == way.BM]
+        ways += [way for way in STRIPS[fmt] if least == way.BM]
     cuts = [cut(way, m, n, k, processors) for way in ways]
     return min((each for each in cuts if each is not None), key=lambda each: each.us)
