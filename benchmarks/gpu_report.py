@@ -29,7 +29,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+if str(Path(__file__).parent.parent) not in sys.path:
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+
 import torch
+
+from benchmarks.probing import write_whole
 
 SANITIZER_TOOLS = ("memcheck", "racecheck", "initcheck")
 OWN = ("triton", "gluon")
@@ -198,7 +203,7 @@ def main(argv: list[str] | None = None) -> int:
         for step in steps(options, Path(scratch)):
             result = run(step, options.out.with_suffix(".log"))
             report["steps"].append(result)
-            options.out.write_text(json.dumps(report, indent=1) + "\n")
+            write_whole(options.out, json.dumps(report, indent=1) + "\n")
             print({k: v for k, v in result.items() if k != "command"}, flush=True)
     return int(any(s["exit_status"] != 0 for s in report["steps"]))
 

@@ -1,8 +1,10 @@
-"""What the probes share: lines with the time, checks that go on after a failure, and CSV files."""
+"""What benchmarks share: lines with the time, checks that go on after a failure, and files that are always whole."""
 
 from __future__ import annotations
 
 import csv
+import io
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -39,8 +41,16 @@ class Checks:
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """The rows, which have the same keys, so far; nothing where there are none."""
     if rows:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_whole(path, text.getvalue())
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file at once: a run that is ended meanwhile leaves what was there before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text)
+    os.replace(part, path)

@@ -9,7 +9,7 @@ from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from . import peers
+from . import peers, probing
 from .report import geometric_mean
 
 BASELINE = "cublas-bf16"
@@ -67,15 +67,13 @@ RATIOS = ("over_floor", "vs_cublas", "vs_marlin")
 
 def write_csv(path: str | Path, rows: Sequence[Row]) -> None:
     """All rows with their ratios, which :func:`read_csv` computes anew."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
     found = ratios(rows)
-    with open(path, "w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow((*COLUMNS, *RATIOS))
-        for row in rows:
-            values = (*astuple(row), *(found[name].get(row, math.nan) for name in RATIOS))
-            texts = (f"{v:.6g}" if isinstance(v, float) else v for v in values)
-            writer.writerow("" if v == "nan" else v for v in texts)
+    lines = []
+    for row in rows:
+        values = (*astuple(row), *(found[name].get(row, math.nan) for name in RATIOS))
+        texts = (f"{v:.6g}" if isinstance(v, float) else v for v in values)
+        lines.append(dict(zip((*COLUMNS, *RATIOS), ("" if v == "nan" else v for v in texts), strict=True)))
+    probing.write_csv(Path(path), lines)
 
 
 def read_csv(path: str | Path) -> list[Row]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -410,3 +411,18 @@ def test_csv_of_a_probe(tmp_path):
     assert not path.exists()
     probing.write_csv(path, [{"m": 1, "us": 2.5}, {"m": 2, "us": 3.5}])
     assert path.read_text().splitlines() == ["m,us", "1,2.5", "2,3.5"]
+
+
+def test_a_run_that_is_ended_while_it_writes_loses_nothing(tmp_path, monkeypatch):
+    path = tmp_path / "probe.csv"
+    probing.write_csv(path, [{"m": 1}])
+    whole = path.read_bytes()
+
+    def ended(self, text):
+        self.write_bytes(text.encode()[:5])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", ended)
+    with pytest.raises(KeyboardInterrupt):
+        probing.write_csv(path, [{"m": 1}, {"m": 2}])
+    assert path.read_bytes() == whole
