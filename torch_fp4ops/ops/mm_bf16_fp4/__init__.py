@@ -40,7 +40,7 @@ def _contract(call: Call) -> Out:
 
 _PREFERENCES = (
     _preferences.FLASHINFER,
-    _preferences.gluon(2.23, 1.07),
+    _preferences.gluon(2.3, 1.08),
     Preference(
         "triton",
         "cuda",

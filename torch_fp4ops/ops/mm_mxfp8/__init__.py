@@ -38,7 +38,7 @@ def _contract(call: Call) -> Out:
 _PREFERENCES = (
     _preferences.FLASHINFER,
     _preferences.TRTLLM,
-    _preferences.gluon(1.6, 0.95),
+    _preferences.gluon(1.64, 0.96),
     Preference(
         "triton",
         "cuda",
