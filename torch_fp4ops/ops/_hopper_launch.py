@@ -225,7 +225,7 @@ def _plan(
         REGISTERS=_REGISTERS[way.RESIDENT][1],
     )
     if fmt == "mxfp8":
-        # Weights are twice as large: as many stages as have room.
+        # Weights are twice as large: as many stages as have room, which results of a program's one tile share.
         once = way.ONCE or (one_tile and plan.TMA_STORE and plan.SUBS == 2)
         plan = plan._replace(KS=min(way.KS, 2), ONCE=once)
         room = _SHARED_BYTES // way.RESIDENT - _BARRIER_BYTES - plan.RESULT_BYTES
