@@ -1,6 +1,9 @@
 """Where checks of Triton kernels run: on a GPU, or in a process whose Triton interprets kernels on the CPU.
 
 Whether Triton interprets is settled when a kernel's module is imported, so one process can't do both.
+
+A module of tests that imports :func:`test_in_the_interpreter` and :func:`test_on_a_gpu` has both for each of its
+``check_*`` functions; ``pytest_generate_tests`` of ``tests/ops`` hands them over.
 """
 
 from __future__ import annotations
@@ -75,3 +78,12 @@ def gpu_cases(checks: Sequence[Callable[[str], None]]) -> list[Any]:
         for shard in range(_SHARDS if is_hypothesis_test(check) else 1):
             cases.append(pytest.param(check, id=f"{name}-{shard}" if shard else name))
     return cases
+
+
+def test_in_the_interpreter(interpreter: Interpreter, check: Callable[[str], None]) -> None:
+    interpreter(check, "cpu")
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(check: Callable[[str], None]) -> None:
+    check("cuda")

@@ -10,8 +10,18 @@ import pytest
 from torch_fp4ops import probe
 from torch_fp4ops.ops import _flashinfer
 
-from ..interpreter import Interpreter
+from ..interpreter import Interpreter, checks_of, gpu_cases, name_of, test_in_the_interpreter, test_on_a_gpu
 from .flashinfer_stand_ins import stand_in
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """The checks of the module that imports a test of ``interpreter``."""
+    if metafunc.function in (test_in_the_interpreter, test_on_a_gpu):
+        checks = checks_of(vars(metafunc.module))
+        if metafunc.function is test_on_a_gpu:
+            metafunc.parametrize("check", gpu_cases(checks))
+        else:
+            metafunc.parametrize("check", checks, ids=name_of)
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,7 @@ from torch_fp4ops.testing import assert_matmul_close, assert_same_bytes, samples
 from torch_fp4ops.testing.samples import values
 from torch_fp4ops.weight_layouts import hopper_size, pack_hopper_weight, unpack_hopper_weight
 
-from ..interpreter import checks_of, few, gpu_cases, name_of
+from ..interpreter import few, gpu_cases, test_in_the_interpreter  # noqa: F401
 from .rejections import assert_rejected_by_contract
 
 pytest.importorskip("triton", reason="needs Triton")
@@ -141,11 +141,6 @@ def check_backends_hand_over_what_the_kernels_read(device: str) -> None:
             assert_same_bytes(out, op.default(*sample.args, **sample.kwargs, backend="reference"), sample.name)
             count += 1
     assert count == 6
-
-
-@pytest.mark.parametrize("check", checks_of(globals()), ids=name_of)
-def test_in_the_interpreter(interpreter, check):
-    interpreter(check, "cpu")
 
 
 @pytest.mark.gpu

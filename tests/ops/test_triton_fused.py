@@ -21,7 +21,7 @@ from torch_fp4ops.testing import assert_right, assert_same_bytes, samples
 from torch_fp4ops.testing.samples import values
 from torch_fp4ops.testing.strategies import matrices
 
-from ..interpreter import checks_of, few, gpu_cases, name_of
+from ..interpreter import few, test_in_the_interpreter, test_on_a_gpu  # noqa: F401
 from .test_fused_quantize import FORMATS, SCALE, scale_for, tail
 from .test_triton_quantize import LAYOUTS, compare, poisoned_memory
 
@@ -155,20 +155,6 @@ def check_every_tiling(device: str) -> None:
             rms.rms_norm_quantize_rows(x[:, :k], weight, 1e-6, fmt, layout, gs, False, *out, tile=tile)
             for given_, right in zip(out, wanted, strict=True):
                 assert_same_bytes(given_.cpu(), right, f"{fmt.name} {layout} {tile}")
-
-
-CHECKS = checks_of(globals())
-
-
-@pytest.mark.parametrize("check", CHECKS, ids=name_of)
-def test_in_the_interpreter(interpreter, check):
-    interpreter(check, "cpu")
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("check", gpu_cases(CHECKS))
-def test_on_a_gpu(check):
-    check("cuda")
 
 
 @triton.jit

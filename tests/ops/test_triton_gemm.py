@@ -24,7 +24,7 @@ from torch_fp4ops.testing import Sample, assert_matmul_close, assert_right, samp
 from torch_fp4ops.testing.samples import values
 from torch_fp4ops.testing.strategies import row_counts
 
-from ..interpreter import checks_of, few, gpu_cases, name_of
+from ..interpreter import few, test_in_the_interpreter, test_on_a_gpu  # noqa: F401
 from .test_triton_quantize import poisoned_memory
 
 pytest.importorskip("triton", reason="needs Triton")
@@ -288,20 +288,6 @@ def check_activation_scales_of_experts(device: str) -> None:
     scales[2] = scales[2] * 537.6 / scales[0]
     args = (*found.args[:6], scales, *found.args[7:])
     assert_right(op, Sample("scales", args, found.kwargs).map_tensors(lambda t: t.to(device)), "triton")
-
-
-CHECKS = checks_of(globals())
-
-
-@pytest.mark.parametrize("check", CHECKS, ids=name_of)
-def test_in_the_interpreter(interpreter, check):
-    interpreter(check, "cpu")
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("check", gpu_cases(CHECKS))
-def test_on_a_gpu(check):
-    check("cuda")
 
 
 @pytest.mark.parametrize(

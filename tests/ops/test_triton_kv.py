@@ -25,7 +25,7 @@ from torch_fp4ops.testing import assert_attention_close, assert_right, assert_sa
 from torch_fp4ops.testing.samples import values
 from torch_fp4ops.testing.strategies import matrices
 
-from ..interpreter import checks_of, few, gpu_cases, name_of
+from ..interpreter import few, test_in_the_interpreter, test_on_a_gpu  # noqa: F401
 from .paged_caches import Case, cases
 from .test_triton_quantize import compare
 
@@ -269,20 +269,6 @@ def _format(name: str) -> Any:
 
     flags = FORMATS[name]
     return kv_format(flags.get("sf_vec_size", 16), flags.get("sf_use_ue8m0", False))
-
-
-CHECKS = checks_of(globals())
-
-
-@pytest.mark.parametrize("check", CHECKS, ids=name_of)
-def test_in_the_interpreter(interpreter, check):
-    interpreter(check, "cpu")
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("check", gpu_cases(CHECKS))
-def test_on_a_gpu(check):
-    check("cuda")
 
 
 @pytest.mark.gpu

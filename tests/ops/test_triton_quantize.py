@@ -26,7 +26,7 @@ from torch_fp4ops.testing import assert_right, assert_same_bytes, samples
 from torch_fp4ops.testing.samples import values
 from torch_fp4ops.testing.strategies import matrices
 
-from ..interpreter import checks_of, few, gpu_cases, name_of
+from ..interpreter import few, test_in_the_interpreter, test_on_a_gpu  # noqa: F401
 
 pytest.importorskip("triton", reason="needs Triton")
 
@@ -326,20 +326,6 @@ def check_every_shipped_tiling(device: str) -> None:
             for other in group[1:]:
                 for a, b in zip(group[0], other, strict=True):
                     assert_same_bytes(b, a, f"{fmt.name} {layout} {rows}x{blocks}")
-
-
-CHECKS = checks_of(globals())
-
-
-@pytest.mark.parametrize("check", CHECKS, ids=name_of)
-def test_in_the_interpreter(interpreter, check):
-    interpreter(check, "cpu")
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("check", gpu_cases(CHECKS))
-def test_on_a_gpu(check):
-    check("cuda")
 
 
 def test_a_cpu_without_the_interpreter_is_a_reason():

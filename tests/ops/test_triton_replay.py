@@ -17,7 +17,7 @@ from torch_fp4ops.registry import Op
 from torch_fp4ops.replay import Plan
 from torch_fp4ops.testing import Sample, assert_same_bytes, samples
 
-from ..interpreter import checks_of, gpu_cases, name_of
+from ..interpreter import test_in_the_interpreter, test_on_a_gpu  # noqa: F401
 
 pytest.importorskip("triton", reason="needs Triton")
 
@@ -75,17 +75,3 @@ def check_replays(device: str) -> None:
                 assert not counts or counts["plan"] > counts["backend"], (op.name, backend, counts)
                 seen += counts["plan"]
         assert seen, op.name
-
-
-CHECKS = checks_of(globals())
-
-
-@pytest.mark.parametrize("check", CHECKS, ids=name_of)
-def test_in_the_interpreter(interpreter, check):
-    interpreter(check, "cpu")
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("check", gpu_cases(CHECKS))
-def test_on_a_gpu(check):
-    check("cuda")
