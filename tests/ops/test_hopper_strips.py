@@ -254,7 +254,7 @@ def test_stages_are_short_where_k_is(fmt, m):
 @pytest.mark.gpu
 @formats_and_ways
 def test_a_way_by_strips_is_right_and_always_the_same(fmt, way):
-    """Few programs and many, fewer strips than a program's, and fewer stages of steps than the ring has."""
+    """Few programs and many, whose last one's strips are also the one before's, and fewer steps than the ring holds."""
     if _hopper_launch.unavailable(torch.device("cuda", 0)):
         pytest.skip("needs compute capability 9.0")
     checked = 0
