@@ -139,15 +139,19 @@ def quantized_rows(m, k, fmt, layout, seed, device="cpu", any_scale=False):
     return Operand.of(fmt, codes.to(device), scales.to(device), layout)
 
 
-@pytest.mark.parametrize("fmt", [NVFP4, MXFP4, MXFP8], ids=lambda fmt: fmt.name)
+@pytest.mark.parametrize(
+    ("fmt", "m", "cut_up"),
+    [(fmt, 7, (8, 4, 8, 4, 0)) for fmt in (NVFP4, MXFP4, MXFP8)] + [(MXFP8, 9, (16, 8, 4, 3, 2))],
+    ids=lambda value: getattr(value, "name", None),
+)
 @pytest.mark.parametrize("layout", ["128x4", "8x4"])
-def test_programs_read_the_rows_that_they_decode(fmt, layout):
-    m, n, k = 7, 128, 448
+def test_programs_read_the_rows_that_they_decode(fmt, m, cut_up, layout):
+    n, k = 128, 448
     codes, scales = storable(3, n, k, fmt)
     scales = torch.where((scales & 0x7F) == 0x7F, 0x3F, scales)
     weight, scale = pack_hopper_weight(codes, scales, fmt)
     rows = quantized_rows(m, k, fmt, layout, 4)
-    way = Strips(8, 4, 8, 4, 0, start=4.0, step=0.004, strip=0.02)
+    way = Strips(*cut_up, start=4.0, step=0.004, strip=0.02)
     assert decodes(way, fmt.name, k)
     out = torch.empty(m, n)
     with mock.patch("torch_fp4ops.ops._hopper_strips.strips_kernel", Simulated(fmt)):
