@@ -24,7 +24,7 @@ from torch_fp4ops.ops._hopper_ways import STRIPS, WAYS, Strips, choose, cut, dec
 from torch_fp4ops.ops._triton_dequantize import decoded as decoded_before
 from torch_fp4ops.ops._triton_gemm_launch import Operand
 
-FORMATS_AND_WAYS = [(fmt, way) for fmt in (NVFP4, MXFP8) for way in STRIPS[fmt.name]]
+FORMATS_AND_WAYS = [(fmt, way) for fmt in (NVFP4, MXFP4, MXFP8) for way in STRIPS[fmt.name]]
 formats_and_ways = pytest.mark.parametrize(
     ("fmt", "way"), FORMATS_AND_WAYS, ids=[f"{fmt.name}-{way.BM}x{way.S}x{way.KS}" for fmt, way in FORMATS_AND_WAYS]
 )
