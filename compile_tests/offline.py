@@ -22,6 +22,8 @@ from typing import Any, NamedTuple
 
 import triton
 
+from torch_fp4ops.ops._hopper_plan import Plan, StripPlan
+
 from .compiler import TARGETS, Compiled, compile_apart
 
 __all__ = ["TARGETS", "Wanted", "aot_cases", "compile_apart", "faults", "hopper_cases", "matmul_cases"]
@@ -114,7 +116,9 @@ def faults(wanted: Wanted, target: str, got: Compiled) -> str:
         waits = 1  # or one for each kind of warps: groups that multiply, some that decode activations, one that loads
         if "setmaxnreg" in got.assembly:
             constants = wanted.case.constants
-            waits = (constants.get("OWN") or 2) + (2 if constants.get("X_LAYOUT") else 1)
+            kind: Any = StripPlan if "OWN" in constants else Plan
+            plan = kind(**{name: constants[name] for name in kind._fields})
+            waits = plan.GROUPS + (2 if constants.get("X_LAYOUT") else 1)
         early = TOUCHES_MEMORY.search(got.assembly.partition(WAIT)[0])
         if got.assembly.count(WAIT) != waits or early:
             found.append(f"touches memory before it waits: {early and early[0]}")

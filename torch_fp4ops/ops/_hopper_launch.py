@@ -27,10 +27,7 @@ __all__ = ["multiply", "product", "unavailable"]
 _CAPABILITY = (9, 0)
 
 _REGISTERS = {1: (None, 240), 2: (80, 104)}
-"""By resident programs: the registers a thread that a program starts with, and those of its warp groups later."""
-_STRIP_REGISTERS = {(2, False): (232, 40, 0), (3, False): (152, 40, 0), (2, True): (192, 48, 80)}
-"""Of strips, one program to a multiprocessor, by how many warp groups multiply and whether x is decoded there: those of
-the groups, of the warp that loads, which has more places to remember than with tiles, and of the group that decodes."""
+"""By resident programs, of tiles: the registers a thread that a program starts with, and those of its warp groups later."""
 _SHARED_BYTES = 227 * 1024
 _BARRIER_BYTES = 3072  # generously
 
@@ -238,7 +235,6 @@ def _plan(
 def _strip_plan(way: Strips, fmt: str, dtype: torch.dtype, x_layout: int, alpha_form: int) -> StripPlan:
     from ._hopper_decode import FACTORS
 
-    registers = _STRIP_REGISTERS[way.OWN or 2, x_layout > 0]
     plan = StripPlan(
         FMT=fmt,
         HALF=dtype == torch.float16,
@@ -250,9 +246,6 @@ def _strip_plan(way: Strips, fmt: str, dtype: torch.dtype, x_layout: int, alpha_
         X_LAYOUT=x_layout,
         ALPHA=alpha_form,
         FACTOR=FACTORS[fmt] ** (2 if x_layout else 1),
-        REGISTERS=registers[0],
-        LOADER_REGISTERS=registers[1],
-        DECODER_REGISTERS=registers[2],
     )
     assert plan.STAGES >= plan.LEAST_STAGES and plan.STAGES % plan.TURNS == 0, plan
     assert plan.STAGES * plan.STAGE_BYTES + _BARRIER_BYTES <= _SHARED_BYTES, plan

@@ -47,9 +47,14 @@ class Plan(NamedTuple):
         return self.BM <= 16
 
     @property
+    def GROUPS(self) -> int:
+        """Warp groups that multiply."""
+        return _GROUPS
+
+    @property
     def SUBS(self) -> int:
         """Tiles of 64 weight rows a program."""
-        return _GROUPS * self.R // self.KW
+        return self.GROUPS * self.R // self.KW
 
     @property
     def LOADS(self) -> int:
@@ -132,16 +137,21 @@ class StripPlan(NamedTuple):
     """0 where x has 16 bits; where it is quantised as the weight is, the code of its scales' layout."""
     ALPHA: int
     FACTOR: float
-    REGISTERS: int
-    """A thread of the warp groups that multiply."""
-    LOADER_REGISTERS: int
-    DECODER_REGISTERS: int
-    """A thread of the warp group that decodes x, if it is quantised."""
 
     @property
     def GROUPS(self) -> int:
         """Warp groups that multiply."""
         return self.OWN or _GROUPS
+
+    @property
+    def REGISTERS(self) -> int:
+        """A thread of the warp groups that multiply, of the 65536 of a multiprocessor."""
+        return 192 if self.X_LAYOUT else 152 if self.GROUPS == 3 else 232
+
+    @property
+    def LOADER_REGISTERS(self) -> int:
+        """A thread of the warp that loads, which has more places to remember than with tiles."""
+        return 48 if self.X_LAYOUT else 40
 
     @property
     def TURNS(self) -> int:

@@ -25,10 +25,8 @@ __all__ = ["strips_kernel"]
 
 
 @gluon.constexpr_function
-def _plan(FMT, HALF, BM, S, KS, STAGES, OWN, X_LAYOUT, ALPHA, FACTOR, REGISTERS, LOADER_REGISTERS, DECODER_REGISTERS):
-    return StripPlan(
-        FMT, HALF, BM, S, KS, STAGES, OWN, X_LAYOUT, ALPHA, FACTOR, REGISTERS, LOADER_REGISTERS, DECODER_REGISTERS
-    )
+def _plan(FMT, HALF, BM, S, KS, STAGES, OWN, X_LAYOUT, ALPHA, FACTOR):
+    return StripPlan(FMT, HALF, BM, S, KS, STAGES, OWN, X_LAYOUT, ALPHA, FACTOR)
 
 
 @gluon.constexpr_function
@@ -174,7 +172,6 @@ def strips_kernel(
     x_desc, codes_desc, scales_desc, x, x_scales, x_units, x_cols, out, alpha, M, N, K_STEPS, STEPS,
     FMT: gl.constexpr, HALF: gl.constexpr, BM: gl.constexpr, S: gl.constexpr, KS: gl.constexpr,
     STAGES: gl.constexpr, OWN: gl.constexpr, X_LAYOUT: gl.constexpr, ALPHA: gl.constexpr, FACTOR: gl.constexpr,
-    REGISTERS: gl.constexpr, LOADER_REGISTERS: gl.constexpr, DECODER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """``out = (x @ w.T) * alpha`` for M up to BM; N is a multiple of 128, STEPS of KS, 64 times STEPS the padded K.
 
@@ -182,9 +179,7 @@ def strips_kernel(
     codes, ``x_units`` of 16 bytes from row to row, and words ``x_scales`` of four scales, ``x_cols`` scales a padded
     row, for K_STEPS steps.
     """
-    C: gl.constexpr = _plan(
-        FMT, HALF, BM, S, KS, STAGES, OWN, X_LAYOUT, ALPHA, FACTOR, REGISTERS, LOADER_REGISTERS, DECODER_REGISTERS
-    )
+    C: gl.constexpr = _plan(FMT, HALF, BM, S, KS, STAGES, OWN, X_LAYOUT, ALPHA, FACTOR)
     LOADS: gl.constexpr = STAGES * C.BOXES
     BOX: gl.constexpr = C.BOX
     PLANES: gl.constexpr = C.PLANES
@@ -211,17 +206,17 @@ def strips_kernel(
             (_group1, (d, s, out, alpha, M, N, STEPS, C)),
             (rows_decoder, (s, x, x_scales, x_units, x_cols, M, K_STEPS, STEPS, C)),
             (_loader, (d, s, out, alpha, M, N, STEPS, C)),
-        ], [4, 4, 1], [REGISTERS, DECODER_REGISTERS, LOADER_REGISTERS])  # fmt: skip
+        ], [4, 4, 1], [C.REGISTERS, 80, C.LOADER_REGISTERS])  # fmt: skip
     elif C.GROUPS == 3:
         gl.warp_specialize([
             (_group0, (d, s, out, alpha, M, N, STEPS, C)),
             (_group1, (d, s, out, alpha, M, N, STEPS, C)),
             (_group2, (d, s, out, alpha, M, N, STEPS, C)),
             (_loader, (d, s, out, alpha, M, N, STEPS, C)),
-        ], [4, 4, 1], [REGISTERS, REGISTERS, LOADER_REGISTERS])  # fmt: skip
+        ], [4, 4, 1], [C.REGISTERS, C.REGISTERS, C.LOADER_REGISTERS])  # fmt: skip
     else:
         gl.warp_specialize([
             (_group0, (d, s, out, alpha, M, N, STEPS, C)),
             (_group1, (d, s, out, alpha, M, N, STEPS, C)),
             (_loader, (d, s, out, alpha, M, N, STEPS, C)),
-        ], [4, 1], [REGISTERS, LOADER_REGISTERS])  # fmt: skip
+        ], [4, 1], [C.REGISTERS, C.LOADER_REGISTERS])  # fmt: skip

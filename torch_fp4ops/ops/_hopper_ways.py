@@ -38,6 +38,8 @@ class Way(NamedTuple):
     """Microseconds more for each tile of a program but the first."""
     alike: float = 1.0
     """What a step takes of ``step`` where programs have equal parts of tiles, and so the same rows of x at a time."""
+    fp8: float = 1.0
+    """What a step of MXFP8 takes of one of FP4."""
     BAND: int = 8
 
     @property
@@ -69,25 +71,25 @@ WAYS = (
     Way(16, KS=4, STAGES=6, STREAM=True, start=3.3, step=0.2),
     Way(16, KS=4, STAGES=3, STREAM=True, RESIDENT=2, start=4.3, step=0.25, shared_step=0.385),
     Way(16, KW=2, KS=2, STAGES=8, RESIDENT=2, start=3.6, step=0.12, shared_step=0.2),
-    Way(32, KS=2, STAGES=8, AHEAD=2, STREAM=True, start=4.1, step=0.183, tile=0.9),
-    Way(32, KS=2, STAGES=6, AHEAD=2, STREAM=True, RESIDENT=2, start=3.5, step=0.26, shared_step=0.346),
-    Way(32, KS=2, STAGES=6, AHEAD=2, RESIDENT=2, start=4.1, step=0.167, shared_step=0.348),
-    Way(32, KW=2, KS=2, STAGES=12, AHEAD=2, STREAM=True, start=3.9, step=0.096, tile=1.2),
-    Way(32, KW=2, KS=4, STAGES=8, AHEAD=2, start=3.6, step=0.093, tile=0.9),
-    Way(32, KW=2, KS=4, RESIDENT=2, start=3.0, step=0.116, shared_step=0.183, tile=2.4),
-    Way(64, KS=2, STAGES=6, AHEAD=2, STREAM=True, start=3.0, step=0.234, tile=2.0),
-    Way(64, KS=2, AHEAD=2, STREAM=True, RESIDENT=2, start=2.6, step=0.32, shared_step=0.457, tile=5.0),
-    Way(64, KS=2, AHEAD=2, ONCE=True, RESIDENT=2, start=3.5, step=0.218, shared_step=0.417),
-    Way(64, RESIDENT=2, start=3.2, step=0.273, shared_step=0.43, tile=0.1),
-    Way(64, KW=2, KS=2, STAGES=8, AHEAD=2, STREAM=True, start=3.0, step=0.148, tile=0.5),
-    Way(64, KW=2, KS=2, STAGES=8, AHEAD=2, start=3.5, step=0.121, tile=1.4),
-    Way(64, KW=2, STAGES=8, RESIDENT=2, start=3.5, step=0.135, shared_step=0.236, tile=0.2),
-    Way(128, KW=2, STAGES=8, start=4.0, step=0.194, tile=1.6),
-    Way(128, KS=2, AHEAD=2, STREAM=True, start=2.8, step=0.361, tile=2.9, alike=0.925),
+    Way(32, KS=2, STAGES=8, AHEAD=2, STREAM=True, start=4.1, step=0.183, tile=0.9, fp8=1.42),
+    Way(32, KS=2, STAGES=6, AHEAD=2, STREAM=True, RESIDENT=2, start=3.5, step=0.26, shared_step=0.346, fp8=1.46),
+    Way(32, KS=2, STAGES=6, AHEAD=2, RESIDENT=2, start=4.1, step=0.167, shared_step=0.348, fp8=1.3),
+    Way(32, KW=2, KS=2, STAGES=12, AHEAD=2, STREAM=True, start=3.9, step=0.096, tile=1.2, fp8=1.25),
+    Way(32, KW=2, KS=4, STAGES=8, AHEAD=2, start=3.6, step=0.093, tile=0.9, fp8=1.2),
+    Way(32, KW=2, KS=4, RESIDENT=2, start=3.0, step=0.116, shared_step=0.183, tile=2.4, fp8=1.22),
+    Way(64, KS=2, STAGES=6, AHEAD=2, STREAM=True, start=3.0, step=0.234, tile=2.0, fp8=1.06),
+    Way(64, KS=2, AHEAD=2, STREAM=True, RESIDENT=2, start=2.6, step=0.32, shared_step=0.457, tile=5.0, fp8=1.12),
+    Way(64, KS=2, AHEAD=2, ONCE=True, RESIDENT=2, start=3.5, step=0.218, shared_step=0.417, fp8=1.28),
+    Way(64, RESIDENT=2, start=3.2, step=0.273, shared_step=0.43, tile=0.1, fp8=1.08),
+    Way(64, KW=2, KS=2, STAGES=8, AHEAD=2, STREAM=True, start=3.0, step=0.148, tile=0.5, fp8=1.15),
+    Way(64, KW=2, KS=2, STAGES=8, AHEAD=2, start=3.5, step=0.121, tile=1.4, fp8=1.06),
+    Way(64, KW=2, STAGES=8, RESIDENT=2, start=3.5, step=0.135, shared_step=0.236, tile=0.2, fp8=1.25),
+    Way(128, KW=2, STAGES=8, start=4.0, step=0.194, tile=1.6, fp8=1.01),
+    Way(128, KS=2, AHEAD=2, STREAM=True, start=2.8, step=0.361, tile=2.9, alike=0.925, fp8=1.1),
     Way(128, KS=2, AHEAD=2, start=2.3, step=0.331, tile=0.6),
-    Way(128, R=2, STAGES=5, STREAM=True, start=3.6, step=0.712, tile=1.0, alike=0.92),
+    Way(128, R=2, STAGES=5, STREAM=True, start=3.6, step=0.712, tile=1.0, alike=0.92, fp8=1.04),
     Way(128, R=2, STAGES=5, start=1.1, step=0.667, tile=0.3),
-    Way(256, STREAM=True, start=3.9, step=0.698, tile=4.4, alike=0.89),
+    Way(256, STREAM=True, start=3.9, step=0.698, tile=4.4, alike=0.89, fp8=0.95),
     Way(256, start=1.6, step=0.65),
 )
 # No more stages than keep memory busy, some 100 KB: the first one is there sooner then. Eight steps a stage wait less
@@ -153,7 +155,7 @@ class Cut(NamedTuple):
     """It has a program for each multiprocessor at most, and may come early."""
 
 
-def cut(way: Way | Strips, m: int, n: int, k: int, processors: int) -> Cut | None:
+def cut(way: Way | Strips, m: int, n: int, k: int, processors: int, fmt: str = "nvfp4") -> Cut | None:
     """A product of m rows and a weight of n x k, padded, cut up in a way; None where that can't be."""
     if isinstance(way, Strips):
         return _cut_to_strips(way, n, k, processors)
@@ -178,6 +180,7 @@ def cut(way: Way | Strips, m: int, n: int, k: int, processors: int) -> Cut | Non
     most_trips = triton.cdiv(total, programs) if way.STREAM else most_tiles * trips
     alike = total % programs == 0 and trips % (total // programs) == 0
     step = (way.shared_step if programs > processors else way.step) * (way.alike if alike else 1)
+    step *= way.fp8 if fmt == "mxfp8" else 1
     us = way.start + most_trips * 4 * way.KW * step + (most_tiles - 1) * way.tile
     sum_rows, sum_early = 0, False
     if parts > 1:
@@ -246,5 +249,5 @@ def choose(
         ways = [way for way in few if way.KW == 1 or way.BM <= 16]
     if whole_steps:
         ways += [way for way in STRIPS[fmt] if least == way.BM]
-    cuts = [cut(way, m, n, k, processors) for way in ways]
+    cuts = [cut(way, m, n, k, processors, fmt) for way in ways]
     return min((each for each in cuts if each is not None), key=lambda each: each.us)
