@@ -35,7 +35,7 @@ GEMM_TABLE = (
     (4096, 4096, "llama3-8b.o"),
     (7168, 2048, "deepseek-v3.expert-down"),
 )
-GEMM_TABLE_ROWS = (1, 4, 8, 16, 24, 32, 64, 96, 128, 192, 256, 512, 1024, 4096, 8192)
+GEMM_TABLE_ROWS = (1, 4, 8, 16, 24, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 4096, 8192)
 """Some of them fill no tile, which once took half as long again as more rows that do."""
 
 GEMM_WEIGHTS = tuple((n, k) for n, k, _ in GEMM_TABLE)

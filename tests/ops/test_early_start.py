@@ -116,7 +116,7 @@ def assert_waits(pairs: list[tuple[Tensor, Tensor]], run: Callable[[], list[Tens
 
 
 PRODUCTS = [(NVFP4, way) for way in (*WAYS, *STRIPS["nvfp4"][::4])]
-PRODUCTS += [(MXFP8, way) for way in (WAYS[-5], WAYS[-1], *STRIPS["mxfp8"][2::4])]
+PRODUCTS += [(MXFP8, way) for way in (*WAYS[-7::3], *STRIPS["mxfp8"][2::4])]
 
 
 @pytest.mark.parametrize(("fmt", "way"), PRODUCTS, ids=str)

@@ -14,7 +14,7 @@ from torch_fp4ops.testing import assert_matmul_close
 pytest.importorskip("triton.experimental.gluon", reason="needs Gluon")
 
 from torch_fp4ops.ops import _hopper_launch
-from torch_fp4ops.ops._hopper_ways import WAYS, Cut, Way, choose, cut
+from torch_fp4ops.ops._hopper_ways import WAYS, Cut, Way, choose, cut, float32_ways
 from torch_fp4ops.ops._triton_gemm_launch import Operand
 
 PROCESSORS = 132
@@ -44,13 +44,13 @@ def test_stages_are_enough_and_have_room(way, fmt):
     assert stages[0] <= stages[1]
 
 
-@pytest.mark.parametrize("tile", [32, 64, 128, 256])
+@pytest.mark.parametrize("tile", [32, 64, 96, 128, 192, 256])
 def test_few_rows_beyond_the_last_are_loaded(tile):
     for m in range(1, 2 * tile + 1):
         rows = _hopper_launch._rows_at_once(tile, m)
-        assert tile % rows == 0
+        assert (tile & -tile) % rows == 0  # of both accumulators
         assert -m % rows < (tile // 4 if tile > 64 else 32)
-        assert rows == tile or m % tile
+        assert rows == tile & -tile or m % tile
 
 
 def test_small_weights_are_shared_by_warp_groups():
@@ -71,7 +71,7 @@ def test_what_comes_early_to_add_parts_up_has_a_multiprocessor_each(processors):
                     assert chosen is None or not chosen.sum_early
                     continue
                 rows, tiles = min(way.BM, m), chosen.tiles_m * chosen.tiles_n * way.rows // 64
-                assert way.BM % chosen.sum_rows == 0 and _hopper_launch._sum_threads(chosen.sum_rows) <= 512
+                assert chosen.sum_rows <= way.BM and _hopper_launch._sum_threads(chosen.sum_rows) <= 512
                 assert chosen.sum_early == (tiles * -(-rows // 64) <= processors)
                 assert not chosen.sum_early or tiles * -(-rows // chosen.sum_rows) <= processors
                 early.add(chosen.sum_early)
@@ -88,13 +88,15 @@ def test_a_way_is_right_and_always_the_same(way, fmt):
     trip = 256 * way.KW
     rows_of_all = 5 * processors * way.RESIDENT * way.rows // 2 // 256 * 256
     cuts = []
-    # Few tiles; more than there are places for at a time; the last one almost empty and fewer steps than stages.
-    few, many, short = (
+    # Few tiles; more than there are places for at a time; the last one almost empty and fewer steps than stages; as many
+    # as let 64 rows be summed at a time.
+    few, many, short, half = (
         (2 * way.BM - 3, 768, 4 * trip),
         (way.BM - 1, rows_of_all, 2 * trip),
         (way.BM + way.BM // 4, 768, trip),
+        (2 * way.BM, 2048, 4 * trip),
     )
-    for m, n, k in (few, many, short):
+    for m, n, k in (few, many, short, half):
         chosen = cut(way, m, n, k, processors)
         if chosen is not None:
             cuts.append(chosen)
@@ -102,18 +104,39 @@ def test_a_way_is_right_and_always_the_same(way, fmt):
     assert cuts
 
 
-def check_way(chosen: Cut, m: int, n: int, k: int, fmt: BlockFormat) -> None:
+@pytest.mark.gpu
+@ways
+def test_a_way_is_right_for_other_types(way):
+    if _hopper_launch.unavailable(torch.device("cuda", 0)):
+        pytest.skip("needs compute capability 9.0")
+    m, n, k = way.BM + 5, 512, 512 * way.KW
+    chosen = cut(way, m, n, k, torch.cuda.get_device_properties(0).multi_processor_count)
+    assert chosen is not None
+    check_way(chosen, m, n, k, NVFP4, torch.float16, torch.float16)
+    if way in float32_ways([way]):
+        check_way(chosen, m, n, k, NVFP4, out_dtype=torch.float32)
+
+
+def check_way(
+    chosen: Cut,
+    m: int,
+    n: int,
+    k: int,
+    fmt: BlockFormat,
+    dtype: torch.dtype = torch.bfloat16,
+    out_dtype: torch.dtype = torch.bfloat16,
+) -> None:
     codes = torch.randint(0, 256, (n, k // fmt.elements_per_byte), device="cuda").to(torch.uint8)
     if fmt is MXFP8:
         codes[(codes & 0x7F) == 0x7F] = 0
     low, high = (0x20, 0x60) if fmt is NVFP4 else (116, 128)
     scales = torch.randint(low, high, (n, k // fmt.block_size), device="cuda").to(torch.uint8)
     weight, scale = pack_hopper_weight(codes, scales, fmt)
-    x = torch.randn(m, k, device="cuda").bfloat16()
+    x = torch.randn(m, k, device="cuda").to(dtype)
     alpha = torch.rand(m, device="cuda") + 0.5
 
     def product() -> Tensor:
-        out = torch.full((m, n), torch.nan, device="cuda", dtype=torch.bfloat16)
+        out = torch.full((m, n), torch.nan, device="cuda", dtype=out_dtype)
         _hopper_launch.multiply(Operand(x), weight, scale, fmt, out, alpha, chosen)
         return out
 

@@ -3,7 +3,8 @@
 ``out[m, n] = alpha * sum_k x[m, k] * w[n, k]``, computed as ``w @ x.T``: the weights are the left operand, decoded in
 registers (``_hopper_decode``), and x the right one, in shared memory. One warp loads both by TMA into a ring of
 stages; two warp groups decode and multiply. Up to 16 rows they use ``mma``, which is quicker than ``wgmma`` on so
-narrow a right operand; above, ``wgmma``, and the next step is decoded while the tensor cores work on this one.
+narrow a right operand; above, ``wgmma``, and the next step is decoded while the tensor cores work on this one. Tiles
+of 96 and 192 rows of x have two accumulators, as a tensor's sizes are powers of two.
 
 A program is persistent and works through the tiles as ``_hopper_schedule`` says.
 """
@@ -21,10 +22,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from ._gluon import async_load, async_store, reinterpret, warp_group_barrier
 from ._hopper_decode import decode, fetch
+from ._hopper_load import after, loader
 from ._hopper_plan import Plan
-from ._hopper_schedule import let_next_start, piece, share, tile_at, wait_for_previous
+from ._hopper_schedule import piece, share, tile_at, wait_for_previous
+from ._hopper_store import add_shared, free_place, give_shared, store, store_part
 
 __all__ = ["matmul_kernel"]
 
@@ -40,94 +42,10 @@ def _plan(
 
 
 @gluon.constexpr_function
-def _bytes(C, pieces):
-    """Of a stage with so many pieces of each of its tiles of x."""
-    return C.STAGE_BYTES - C.KS * (C.BM - pieces * C.X_ROWS) * 128
-
-
-@gluon.constexpr_function
 def _accumulator(BM, MMA):
     if MMA:
         return gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[4, 1], instr_shape=[16, 8])
     return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BM, 16])
-
-
-# The loading warp
-
-
-@gluon.jit
-def _after(st, phase, INDEX: gl.constexpr, BY: gl.constexpr, FIRST: gl.constexpr, C: gl.constexpr):
-    """The stage BY further than ``st``, and its phase; INDEX: how many of a trip's stages by BY lie before ``st``.
-
-    Where rings are whole trips only a trip's last stage can be the ring's last, so that within a trip all addresses are
-    constants beside the first one.
-    """
-    st += BY
-    if INDEX == C.TRIP_STAGES // BY - 1 or not C.WHOLE_TRIPS:
-        st = gl.where(st >= C.STAGES, FIRST, st)
-        phase = phase ^ (st == FIRST).to(gl.int32)
-    return st, phase
-
-
-@gluon.jit
-def _load_stage(d, s, st, pm, pn, k, KT, M, C: gl.constexpr):
-    """Load stage ``st``: KS steps from step k on."""
-    KS: gl.constexpr = C.KS
-    LOADS: gl.constexpr = C.LOADS
-    ROWS: gl.constexpr = C.X_ROWS
-    PIECES: gl.constexpr = C.BM // ROWS
-    # Rows beyond the last one that are loaded all the same, as zeros, take longer than others.
-    pieces = gl.cdiv(min(M - pm * C.BM, C.BM), ROWS)
-    for i in gl.static_range(PIECES):
-        mbarrier.expect(s[3].index(st), _bytes(C, i + 1), pred=True if PIECES == 1 else pieces == i + 1)
-    for i in gl.static_range(LOADS):
-        if C.SUBS == 1:
-            row = (pn // 2 * KT + k + i) * 2 + pn % 2
-        else:
-            row = ((pn * LOADS + i) * KT + k) * 2
-        async_load(d[1], [row * C.CODE_ROWS, 0], s[3].index(st), s[1].index(st * LOADS + i))
-        async_load(d[2], [row, 0], s[3].index(st), s[2].index(st * LOADS + i))
-    for j in gl.static_range(KS):
-        for i in gl.static_range(PIECES):
-            to = s[0].index(st * KS + j).slice(i * ROWS, ROWS, dim=0)
-            wanted = True if i == 0 else i < pieces
-            async_load(d[0], [pm * C.BM + i * ROWS, (k + j) * 64], s[3].index(st), to, pred=wanted)
-
-
-@gluon.jit
-def _loader(d, s, out, sums, alpha, M, N, tiles_m, tiles_n, TRIPS, C: gl.constexpr):
-    wait_for_previous()
-    if not C.STREAM:  # else what is next adds parts up
-        let_next_start()
-    beg, end = share(tiles_m * tiles_n, TRIPS, C.STREAM)
-    KW: gl.constexpr = C.KW
-    STEPS: gl.constexpr = 4 * KW
-    STAGES: gl.constexpr = C.TRIP_STAGES
-    EXTRA: gl.constexpr = C.EXTRA_STAGES
-    KT = TRIPS * STEPS
-    p = beg
-    st = 0
-    phase = 1
-    while p < end:
-        t, k0, k1 = piece(p, end, TRIPS, C.STREAM)
-        pm, pn = tile_at(t, tiles_m, tiles_n, C.BAND)
-        for k in range(k0, k1):
-            for i in gl.static_range(STAGES):
-                mbarrier.wait(s[4].index(st), phase)
-                _load_stage(d, s, st, pm, pn, k * STEPS + i * C.KS, KT, M, C)
-                st, phase = _after(st, phase, i, 1, 0, C)
-        p += k1 - k0
-    if C.SUM_EARLY:
-        let_next_start()
-    if not C.MMA:
-        # Warp groups fetch ahead: each waits for some stages more than it multiplies, whatever is in them.
-        for i in gl.static_range(EXTRA):
-            mbarrier.wait(s[4].index(st), phase)
-            mbarrier.expect(s[3].index(st), 0)
-            st, phase = _after(st, phase, i, 1, 0, C)
-
-
-# The multiplying warp groups
 
 
 @gluon.jit
@@ -155,55 +73,16 @@ def _weights(s, st, J: gl.constexpr, SUB: gl.constexpr, OPERAND: gl.constexpr, C
 
 
 @gluon.jit
-def _result(d, s, ahead, phase, SUB: gl.constexpr, C: gl.constexpr):
-    """Where the results of 64 weight rows wait for TMA to store them."""
-    if not C.ONCE:
-        return s[5].index(SUB)
-    # Nothing is loaded any more into the stages after the last one that was looked at. Each is free once the loading
-    # warp would find it so, since the other warp group may be multiplying what was there before.
-    for i in gl.static_range(SUB + 1):
-        ahead, phase = _after(ahead, phase, C.EXTRA_STAGES - 1 + i, 1, 0, C)
-    mbarrier.wait(s[4].index(ahead), phase ^ 1)
-    return reinterpret(s[0].index(ahead * C.KS), d[3].dtype, [C.BM, 64], d[3].layout)
-
-
-@gluon.jit
-def _store(
-    acc, row, pm, d, s, ahead, phase, out, alpha, factor, M, N, SUB: gl.constexpr, ACC: gl.constexpr, C: gl.constexpr
-):
-    """Multiply the sums of 64 weight rows from ``row`` on by the factor or by each row's, round once and store them
-    transposed."""
-    BM: gl.constexpr = C.BM
-    m = pm * BM + gl.arange(0, BM, gl.SliceLayout(0, ACC))
-    if C.ALPHA == 2:
-        acc = acc * (gl.load(alpha + m, mask=m < M, other=0.0) * C.FACTOR)[None, :]
-    else:
-        acc = acc * factor
-    value = acc.to(out.dtype.element_ty)
-    if C.TMA_STORE:
-        buffer = _result(d, s, ahead, phase, SUB, C)
-        buffer.permute((1, 0)).store(value)
-        fence_async_shared()
-        async_store(d[3], [pm * BM, row], buffer)
-    else:
-        n = row + gl.arange(0, 64, gl.SliceLayout(1, ACC))
-        gl.store(out + (m.to(gl.int64) * N)[None, :] + n[:, None], value, mask=(m < M)[None, :])
-
-
-@gluon.jit
-def _store_part(to, acc, BM: gl.constexpr, ACC: gl.constexpr):
-    m = gl.arange(0, BM, gl.SliceLayout(0, ACC))[None, :]
-    n = gl.arange(0, 64, gl.SliceLayout(1, ACC))[:, None]
-    gl.store(to + (m * 64 + n), acc)
-
-
-@gluon.jit
 def _multiply(d, s, out, sums, alpha, M, N, tiles_m, tiles_n, TRIPS, C: gl.constexpr, GROUP: gl.constexpr):
     BM: gl.constexpr = C.BM
+    TOP: gl.constexpr = C.TOP
+    REST: gl.constexpr = C.REST
     KS: gl.constexpr = C.KS
     KW: gl.constexpr = C.KW
-    ACC: gl.constexpr = _accumulator(BM, C.MMA)
+    ACC: gl.constexpr = _accumulator(TOP, C.MMA)
+    ACC1: gl.constexpr = _accumulator(REST, C.MMA) if REST else ACC
     LEFT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=ACC, k_width=2)
+    LEFT1: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=ACC1, k_width=2)
     RIGHT: gl.constexpr = gl.DotOperandLayout(operand_index=1, parent=ACC, k_width=2)
     PART: gl.constexpr = GROUP % KW  # its stages: PART and every KW-th from there
     SUB: gl.constexpr = GROUP // KW * C.R
@@ -231,15 +110,17 @@ def _multiply(d, s, out, sums, alpha, M, N, tiles_m, tiles_n, TRIPS, C: gl.const
             codes, scales = _fetch(s, st, 0, LAST, C)
         elif C.AHEAD == 2:
             if KS == 1:
-                ahead, phase = _after(ahead, phase, 0, KW, PART, C)
+                ahead, phase = after(ahead, phase, 0, KW, PART, C)
                 mbarrier.wait(full.index(ahead), phase)
             codes, scales = _fetch(s, ahead, 1 % KS, SUB, C)
     while p < end:
         t, k0, k1 = piece(p, end, TRIPS, C.STREAM)
         pm, pn = tile_at(t, tiles_m, tiles_n, C.BAND)
-        acc0 = gl.zeros([64, BM], gl.float32, ACC)
-        if C.R == 2:
+        acc0 = gl.zeros([64, TOP], gl.float32, ACC)
+        if C.R == 2:  # sums of other weight rows
             acc1 = gl.zeros([64, BM], gl.float32, ACC)
+        elif REST:  # of other rows of x
+            acc1 = gl.zeros([64, REST], gl.float32, ACC1)
         else:
             acc1 = 0
         if C.MMA:
@@ -253,7 +134,7 @@ def _multiply(d, s, out, sums, alpha, M, N, tiles_m, tiles_n, TRIPS, C: gl.const
                     # A stage is given back one stage late: its loads have been multiplied by then, not only issued.
                     before = (st + C.STAGES - KW) % C.STAGES
                     mbarrier.arrive(empty.index(before), pred=(p > beg) | (k + i > k0))
-                    st, phase = _after(st, phase, i, KW, PART, C)
+                    st, phase = after(st, phase, i, KW, PART, C)
         else:
             for _ in range(k0, k1):
                 done = st
@@ -265,6 +146,12 @@ def _multiply(d, s, out, sums, alpha, M, N, tiles_m, tiles_n, TRIPS, C: gl.const
                         b = decode(codes, scales, LEFT, FMT, HALF)
                         if j > 0:
                             acc0, acc1, b = warpgroup_mma_wait(1, deps=[acc0, acc1, b])
+                    elif REST:
+                        rest = s[5].index(st * KS + j % KS).permute((1, 0))
+                        again = gl.convert_layout(a, LEFT1, assert_trivial=True)
+                        acc1 = warpgroup_mma(again, rest, acc1, is_async=True)
+                        if j > 0:
+                            acc0, acc1 = warpgroup_mma_wait(2, deps=[acc0, acc1])
                     elif j > 0:
                         acc0 = warpgroup_mma_wait(1, deps=[acc0])
                     if j > 0 and j % KS == 0:
@@ -272,7 +159,7 @@ def _multiply(d, s, out, sums, alpha, M, N, tiles_m, tiles_n, TRIPS, C: gl.const
                     if C.R == 2:
                         acc1 = warpgroup_mma(b, x, acc1, is_async=True)
                     if (j + C.AHEAD) % KS == 0:
-                        ahead, phase = _after(ahead, phase, (j + C.AHEAD - 1) % 4 // KS, KW, PART, C)
+                        ahead, phase = after(ahead, phase, (j + C.AHEAD - 1) % 4 // KS, KW, PART, C)
                         mbarrier.wait(full.index(ahead), phase)
                     if C.AHEAD == 2:
                         next_codes, next_scales = _fetch(s, ahead, (j + 2) % KS, SUB, C)
@@ -286,28 +173,18 @@ def _multiply(d, s, out, sums, alpha, M, N, tiles_m, tiles_n, TRIPS, C: gl.const
                             acc0, acc1, a = warpgroup_mma_wait(1, deps=[acc0, acc1, a])
                     if (j + 1) % KS == 0:
                         done = st
-                        st, _ = _after(st, phase, j // KS, KW, PART, C)
+                        st, _ = after(st, phase, j // KS, KW, PART, C)
                 # Nothing stays in flight over the loop's end: ptxas would serialise all of it.
-                if C.R == 2:
+                if C.R == 2 or REST:
                     acc0, acc1, a = warpgroup_mma_wait(0, deps=[acc0, acc1, a])
                 else:
                     acc0, a = warpgroup_mma_wait(0, deps=[acc0, a])
                 mbarrier.arrive(empty.index(done))
         if KW > 1:
-            sums_at = s[C.FIRST_SHARED]
-            given = s[C.FIRST_SHARED + 1].index(SUB)
-            taken = s[C.FIRST_SHARED + 2].index(SUB)
             if PART > 0:
-                mbarrier.wait(taken, turn ^ 1)
-                sums_at.index(SUB * (KW - 1) + PART - 1).store(acc0)
-                warp_group_barrier()
-                mbarrier.arrive(given)
+                give_shared(acc0, acc1, s, turn, PART, SUB, C)
             else:
-                mbarrier.wait(given, turn)
-                for i in gl.static_range(KW - 1):
-                    acc0 += sums_at.index(SUB * (KW - 1) + i).load(ACC)
-                warp_group_barrier()
-                mbarrier.arrive(taken)
+                acc0, acc1 = add_shared(acc0, acc1, s, turn, ACC, ACC1, SUB, C)
             turn = turn ^ 1
         if PART > 0:
             pass
@@ -315,16 +192,23 @@ def _multiply(d, s, out, sums, alpha, M, N, tiles_m, tiles_n, TRIPS, C: gl.const
             # Place 1 of this program is for a tile's first part (at most one), place 0 for any later one (likewise).
             place = gl.program_id(0) * 2 + (k0 == 0).to(gl.int32)
             to = sums + (place * C.SUBS + SUB) * (64 * BM)
-            _store_part(to, acc0, BM, ACC)
-            if C.R == 2:
-                _store_part(to + 64 * BM, acc1, BM, ACC)
+            store_part(to, acc0, TOP, ACC)
+            if C.R == 2 or REST:
+                store_part(to + 64 * TOP, acc1, REST or TOP, ACC1)
         else:
+            first = pm * BM
             row = (pn * C.SUBS + SUB) * 64
             if C.TMA_STORE:
                 tma.store_wait(0)
-            _store(acc0, row, pm, d, s, ahead, phase, out, alpha, factor, M, N, SUB, ACC, C)
+                place = free_place(s, ahead, phase, SUB, C)
+            else:
+                place = 0
+            AT: gl.constexpr = C.FIRST_RESULT
+            store(acc0, first, row, place, d, s, out, alpha, factor, M, N, AT, 0, TOP, ACC, C)
             if C.R == 2:
-                _store(acc1, row + 64, pm, d, s, ahead, phase, out, alpha, factor, M, N, LAST, ACC, C)
+                store(acc1, first, row + 64, LAST, d, s, out, alpha, factor, M, N, AT, 0, TOP, ACC, C)
+            elif REST:
+                store(acc1, first + TOP, row, place, d, s, out, alpha, factor, M, N, AT + 1, 5, REST, ACC1, C)
         p += k1 - k0
     if C.TMA_STORE:
         tma.store_wait(0)
@@ -362,7 +246,10 @@ def matmul_kernel(
     CODE_ROWS: gl.constexpr = HALVES * C.CODE_ROWS
     SCALE_WORDS: gl.constexpr = C.SCALE_WORDS
     SLOTS: gl.constexpr = STAGES * KS
-    xs = gl.allocate_shared_memory(gl.float16 if HALF else gl.bfloat16, [SLOTS, BM, 64], x_desc.layout)
+    TOP: gl.constexpr = C.TOP
+    REST: gl.constexpr = C.REST
+    TYPE: gl.constexpr = gl.float16 if HALF else gl.bfloat16
+    xs = gl.allocate_shared_memory(TYPE, [SLOTS, TOP, 64], x_desc.layout)
     codes = gl.allocate_shared_memory(gl.int32, [LOADS, CODE_ROWS, 64], codes_desc.layout)
     scales = gl.allocate_shared_memory(gl.int32, [LOADS, HALVES, SCALE_WORDS], scales_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -374,21 +261,30 @@ def matmul_kernel(
     s = (xs, codes, scales, full, empty)
     if TMA_STORE:
         d = d + (out_desc,)  # type: ignore[assignment]  # noqa: RUF005
+    if REST:
+        xs1 = gl.allocate_shared_memory(TYPE, [SLOTS, REST, 64], x_desc.layout)
+        s = s + (xs1,)  # type: ignore[assignment]  # noqa: RUF005
     if C.RESULTS_APART:
-        result = gl.allocate_shared_memory(out.dtype.element_ty, [SUBS, BM, 64], out_desc.layout)
+        result = gl.allocate_shared_memory(out.dtype.element_ty, [SUBS, TOP, 64], out_desc.layout)
         s = s + (result,)  # type: ignore[assignment]  # noqa: RUF005
+        if REST:
+            result1 = gl.allocate_shared_memory(out.dtype.element_ty, [SUBS, REST, 64], out_desc.layout)
+            s = s + (result1,)  # type: ignore[assignment]  # noqa: RUF005
     if KW > 1:
         SWIZZLED: gl.constexpr = gl.SwizzledSharedLayout(2, 1, 4, [1, 0])
-        parts = gl.allocate_shared_memory(gl.float32, [SUBS * (KW - 1), 64, BM], SWIZZLED)
+        parts = gl.allocate_shared_memory(gl.float32, [SUBS * (KW - 1), 64, TOP], SWIZZLED)
         given = gl.allocate_shared_memory(gl.int64, [SUBS, 1], mbarrier.MBarrierLayout())
         taken = gl.allocate_shared_memory(gl.int64, [SUBS, 1], mbarrier.MBarrierLayout())
         for i in gl.static_range(SUBS):
             mbarrier.init(given.index(i), count=KW - 1)
             mbarrier.init(taken.index(i), count=1)
         s = s + (parts, given, taken)  # type: ignore[assignment]  # noqa: RUF005
+        if REST:
+            parts1 = gl.allocate_shared_memory(gl.float32, [SUBS * (KW - 1), 64, REST], SWIZZLED)
+            s = s + (parts1,)  # type: ignore[assignment]  # noqa: RUF005
     fence_async_shared()
     gl.warp_specialize([
         (_group0, (d, s, out, sums, alpha, M, N, tiles_m, tiles_n, TRIPS, C)),
         (_group1, (d, s, out, sums, alpha, M, N, tiles_m, tiles_n, TRIPS, C)),
-        (_loader, (d, s, out, sums, alpha, M, N, tiles_m, tiles_n, TRIPS, C)),
+        (loader, (d, s, out, sums, alpha, M, N, tiles_m, tiles_n, TRIPS, C)),
     ], [4, 1], [REGISTERS, 24])  # fmt: skip

@@ -27,7 +27,7 @@ __all__ = ["multiply", "product", "unavailable"]
 _CAPABILITY = (9, 0)
 
 _REGISTERS = {1: (None, 240), 2: (80, 104)}
-"""By resident programs, of tiles: the registers a thread that a program starts with, and those of its warp groups later."""
+"""By resident programs, for tiles: the registers a thread that a program starts with, and those of its warp groups."""
 _SHARED_BYTES = 227 * 1024
 _BARRIER_BYTES = 3072  # generously
 
@@ -100,7 +100,7 @@ def _multiply_tiles(
     for data, block in zip((weight, scale), _blocks(plan), strict=True):
         view = data.view(torch.int32).view(-1, block[1])
         weight_descs.append(TensorDescriptor(view, list(view.shape), [block[1], 1], block, words))
-    out_desc = TensorDescriptor(out, [m, n], [n, 1], [plan.BM, 64], rows) if plan.TMA_STORE else None
+    out_desc = TensorDescriptor(out, [m, n], [n, 1], [plan.OUT_ROWS, 64], rows) if plan.TMA_STORE else None
     sums = None
     if cut.parts > 1:
         sums = torch.empty(2 * cut.programs * way.rows * way.BM, dtype=torch.float32, device=out.device)
@@ -172,11 +172,12 @@ def _rows_at_once(tile: int, m: int) -> int:
 
     Zeros for rows beyond take longer than rows (192 rows of 4096 x 4096: 24 instead of 16 us), as do many small loads.
     """
+    whole = tile & -tile  # the part of a tile that is not a power of two
     if m % tile == 0 or tile < 64:
-        return tile
+        return whole
     if tile == 64:
         return 32 if m % tile <= 32 else 64
-    return tile // 4
+    return tile // 4 if tile == whole else whole // 2
 
 
 def _blocks(plan: Plan) -> tuple[list[int], list[int]]:
@@ -268,22 +269,26 @@ def offline_cases() -> Iterator[AotCase]:
             case = _offline_case(way, "nvfp4", stream=stream)
             tiles[case.name] = case
     yield from tiles.values()
-    shared = max((way for way in WAYS if way.KW > 1), key=lambda way: way.BM)
     once = next(way for way in WAYS if way.ONCE)
-    for way in (shared, once, WAYS[-1]):
+    alone = {(way.BM, way.rows, way.STREAM): way for way in WAYS if way.RESIDENT == 1}
+    shared, tall, most = alone[128, 64, False], alone[192, 128, False], alone[256, 128, False]
+    wide, wide_stream = alone[128, 256, False], alone[128, 256, True]
+    for way in (shared, once, tall, most):
         yield _offline_case(way, "nvfp4", m=way.BM // 4)
     yield _offline_case(once, "mxfp8", m=once.BM // 4)
-    for way in (WAYS[-5], WAYS[-1]):
+    for way in (alone[128, 128, False], tall, most):
         yield _offline_case(way, "mxfp8", one_tile=True)
-    for way in (WAYS[0], WAYS[2], shared, WAYS[-4], WAYS[-3], WAYS[-1]):
+    for way in (WAYS[0], WAYS[2], shared, wide_stream, wide, tall, most):
         yield _offline_case(way, "mxfp4")
         yield _offline_case(way, "mxfp8")
-    for way in (WAYS[0], WAYS[-3], WAYS[-1]):
+    for way in (WAYS[0], wide, tall, most):
         yield _offline_case(way, "nvfp4", torch.float16, torch.float16)
-    yield _offline_case(WAYS[-5], "nvfp4", out_dtype=torch.float32, alpha_form=2)
+    for way in (alone[96, 128, False], alone[128, 128, False]):
+        yield _offline_case(way, "nvfp4", out_dtype=torch.float32, alpha_form=2)
     ints = dict.fromkeys(("M", "N", "tiles_m", "tiles_n", "TRIPS", "programs"), "i32")
     signature = {"sums": "*fp32", "out": "*bf16", "alpha": "*fp32", **ints}
-    for bm, parts, subs, rows in ((8, 2, 2, 8), (64, 2, 1, 16), (64, 4, 2, 32), (256, 9, 2, 64), (256, 9, 2, 16)):
+    summed = ((8, 2, 2, 8), (64, 2, 1, 16), (64, 4, 2, 32), (96, 4, 2, 64), (256, 9, 2, 64), (256, 9, 2, 16))
+    for bm, parts, subs, rows in summed:
         constants = {
             "BM": bm,
             "SUBS": subs,
@@ -335,7 +340,7 @@ def _offline_case(
         **dict.fromkeys(("M", "N", "tiles_m", "tiles_n", "TRIPS"), "i32"),
     }
     if plan.TMA_STORE:
-        signature["out_desc"] = f"tensordesc<{_TYPES[out_dtype]}[{way.BM}, 64],{layouts[0]!r}>"
+        signature["out_desc"] = f"tensordesc<{_TYPES[out_dtype]}[{plan.OUT_ROWS}, 64],{layouts[0]!r}>"
     if plan.STREAM:
         signature["sums"] = "*fp32"
     for name in ("out_desc", "sums"):

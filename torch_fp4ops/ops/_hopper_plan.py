@@ -18,9 +18,9 @@ class Plan(NamedTuple):
     HALF: bool
     """x is float16, not bfloat16."""
     BM: int
-    """Rows of x a tile."""
+    """Rows of x a tile, a power of two or the sum of two."""
     X_ROWS: int
-    """Rows of x a TMA load; fewer than BM only where the last tile is not full."""
+    """Rows of x a TMA load."""
     R: int
     """Tiles of 64 weight rows a warp group; 2 only without KW."""
     KW: int
@@ -50,6 +50,21 @@ class Plan(NamedTuple):
     def GROUPS(self) -> int:
         """Warp groups that multiply."""
         return _GROUPS
+
+    @property
+    def TOP(self) -> int:
+        """Rows of x of a tile's first accumulator: a tensor's are a power of two."""
+        return 1 << self.BM.bit_length() - 1
+
+    @property
+    def REST(self) -> int:
+        """Rows of x of its second accumulator, if there is one; only without MMA, and not with R == 2."""
+        return self.BM - self.TOP
+
+    @property
+    def OUT_ROWS(self) -> int:
+        """Rows of results a TMA store."""
+        return self.REST or self.BM
 
     @property
     def SUBS(self) -> int:
@@ -102,9 +117,14 @@ class Plan(NamedTuple):
         return self.TMA_STORE and not self.ONCE
 
     @property
+    def FIRST_RESULT(self) -> int:
+        """Where results of their own begin among the buffers in shared memory."""
+        return 6 if self.REST else 5
+
+    @property
     def FIRST_SHARED(self) -> int:
-        """Where what KW needs begins among the buffers in shared memory."""
-        return 6 if self.RESULTS_APART else 5
+        """Where what KW needs begins there."""
+        return self.FIRST_RESULT + self.RESULTS_APART * (2 if self.REST else 1)
 
     @property
     def STAGE_BYTES(self) -> int:

@@ -102,6 +102,8 @@ def sum_parts_kernel(
     if last > first:
         at = sub * (64 * BM) + row[:, None] * 64 + col[None, :]
         valid = (m < M)[:, None]
+        if BM % ROWS > 0:
+            valid = valid & (row < BM)[:, None]
         place = SUBS * 64 * BM
         value = gl.load(sums + (first * 2 + 1) * place + at, mask=valid, other=0.0)
         for i in gl.static_range(1, PARTS):

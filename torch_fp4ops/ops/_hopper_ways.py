@@ -7,12 +7,13 @@ an NVIDIA H200 (``benchmarks/NOTES.md``).
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import triton
 
-__all__ = ["STRIPS", "WAYS", "Cut", "Strips", "Way", "choose", "cut", "decodes"]
+__all__ = ["STRIPS", "WAYS", "Cut", "Strips", "Way", "choose", "cut", "decodes", "float32_ways"]
 
 
 class Way(NamedTuple):
@@ -71,26 +72,31 @@ WAYS = (
     Way(16, KS=4, STAGES=6, STREAM=True, start=3.3, step=0.2),
     Way(16, KS=4, STAGES=3, STREAM=True, RESIDENT=2, start=4.3, step=0.25, shared_step=0.385),
     Way(16, KW=2, KS=2, STAGES=8, RESIDENT=2, start=3.6, step=0.12, shared_step=0.2),
-    Way(32, KS=2, STAGES=8, AHEAD=2, STREAM=True, start=4.1, step=0.183, tile=0.9, fp8=1.42),
+    Way(32, KS=2, STAGES=8, AHEAD=2, STREAM=True, start=4.1, step=0.183, tile=0.9, fp8=1.43),
     Way(32, KS=2, STAGES=6, AHEAD=2, STREAM=True, RESIDENT=2, start=3.5, step=0.26, shared_step=0.346, fp8=1.46),
     Way(32, KS=2, STAGES=6, AHEAD=2, RESIDENT=2, start=4.1, step=0.167, shared_step=0.348, fp8=1.3),
     Way(32, KW=2, KS=2, STAGES=12, AHEAD=2, STREAM=True, start=3.9, step=0.096, tile=1.2, fp8=1.25),
-    Way(32, KW=2, KS=4, STAGES=8, AHEAD=2, start=3.6, step=0.093, tile=0.9, fp8=1.2),
-    Way(32, KW=2, KS=4, RESIDENT=2, start=3.0, step=0.116, shared_step=0.183, tile=2.4, fp8=1.22),
+    Way(32, KW=2, KS=4, STAGES=8, AHEAD=2, start=3.6, step=0.093, tile=0.9, fp8=1.21),
+    Way(32, KW=2, KS=4, RESIDENT=2, start=3.0, step=0.116, shared_step=0.183, tile=2.4, fp8=1.23),
     Way(64, KS=2, STAGES=6, AHEAD=2, STREAM=True, start=3.0, step=0.234, tile=2.0, fp8=1.06),
-    Way(64, KS=2, AHEAD=2, STREAM=True, RESIDENT=2, start=2.6, step=0.32, shared_step=0.457, tile=5.0, fp8=1.12),
-    Way(64, KS=2, AHEAD=2, ONCE=True, RESIDENT=2, start=3.5, step=0.218, shared_step=0.417, fp8=1.28),
-    Way(64, RESIDENT=2, start=3.2, step=0.273, shared_step=0.43, tile=0.1, fp8=1.08),
-    Way(64, KW=2, KS=2, STAGES=8, AHEAD=2, STREAM=True, start=3.0, step=0.148, tile=0.5, fp8=1.15),
+    Way(64, KS=2, AHEAD=2, STREAM=True, RESIDENT=2, start=2.6, step=0.32, shared_step=0.457, tile=5.0, fp8=1.13),
+    Way(64, KS=2, AHEAD=2, ONCE=True, RESIDENT=2, start=3.5, step=0.218, shared_step=0.417, fp8=1.26),
+    Way(64, RESIDENT=2, start=3.2, step=0.273, shared_step=0.43, tile=0.1, fp8=1.09),
+    Way(64, KW=2, KS=2, STAGES=8, AHEAD=2, STREAM=True, start=3.0, step=0.148, tile=0.5, fp8=1.14),
     Way(64, KW=2, KS=2, STAGES=8, AHEAD=2, start=3.5, step=0.121, tile=1.4, fp8=1.06),
-    Way(64, KW=2, STAGES=8, RESIDENT=2, start=3.5, step=0.135, shared_step=0.236, tile=0.2, fp8=1.25),
+    Way(64, KW=2, STAGES=8, RESIDENT=2, start=3.5, step=0.135, shared_step=0.236, tile=0.2, fp8=1.29),
+    Way(96, KW=2, STAGES=8, start=4.0, step=0.172, tile=1.7, fp8=1.06),
+    Way(96, KS=2, AHEAD=2, STREAM=True, start=3.1, step=0.335, tile=1.8, alike=0.95, fp8=1.03),
+    Way(96, KS=2, AHEAD=2, start=3.2, step=0.297, tile=0.7, fp8=1.05),
     Way(128, KW=2, STAGES=8, start=4.0, step=0.194, tile=1.6, fp8=1.01),
-    Way(128, KS=2, AHEAD=2, STREAM=True, start=2.8, step=0.361, tile=2.9, alike=0.925, fp8=1.1),
-    Way(128, KS=2, AHEAD=2, start=2.3, step=0.331, tile=0.6),
-    Way(128, R=2, STAGES=5, STREAM=True, start=3.6, step=0.712, tile=1.0, alike=0.92, fp8=1.04),
-    Way(128, R=2, STAGES=5, start=1.1, step=0.667, tile=0.3),
-    Way(256, STREAM=True, start=3.9, step=0.698, tile=4.4, alike=0.89, fp8=0.95),
-    Way(256, start=1.6, step=0.65),
+    Way(128, KS=2, AHEAD=2, STREAM=True, start=2.8, step=0.361, tile=2.9, alike=0.925, fp8=1.11),
+    Way(128, KS=2, AHEAD=2, start=2.3, step=0.331, tile=0.6, fp8=1.05),
+    Way(128, R=2, STAGES=5, STREAM=True, start=3.6, step=0.712, tile=1.0, alike=0.92, fp8=1.05),
+    Way(128, R=2, STAGES=5, start=1.1, step=0.667, tile=0.3, fp8=1.01),
+    Way(192, STAGES=6, STREAM=True, start=3.2, step=0.544, tile=2.8, alike=0.9, fp8=1.06),
+    Way(192, STAGES=5, start=3.1, step=0.468, tile=2.7, fp8=1.03),
+    Way(256, STREAM=True, start=3.9, step=0.698, tile=4.4, alike=0.89),
+    Way(256, start=1.6, step=0.65, fp8=1.01),
 )
 # No more stages than keep memory busy, some 100 KB: the first one is there sooner then. Eight steps a stage wait less
 # often; four are decoded sooner, which counts where K is short. Groups with strips of their own give a stage back
@@ -227,6 +233,11 @@ def _most_sharers(tiles: int, trips: int, programs: int) -> int:
     return max(at((t + 1) * trips - 1) - at(t * trips) + 1 for t in range(tiles))
 
 
+def float32_ways(ways: Sequence[Way]) -> list[Way]:
+    """Those for float32 results, which threads store: more sums leave them no registers."""
+    return [way for way in ways if way.R * way.BM <= 128 and (way.KW == 1 or way.BM <= 16)]
+
+
 @functools.lru_cache(4096)
 def choose(
     m: int,
@@ -243,10 +254,8 @@ def choose(
     """
     least = next((bm for bm in (8, 16, 32, 64) if m <= bm), 64)
     most = 4 * least if m > 32 else least
-    ways: list[Way | Strips] = [way for way in WAYS if least <= way.BM <= most]
-    if out_dtype == torch.float32:  # which threads store; more sums leave them no registers
-        few = [way for way in ways if isinstance(way, Way) and way.R * way.BM <= 128]
-        ways = [way for way in few if way.KW == 1 or way.BM <= 16]
+    tiles = [way for way in WAYS if least <= way.BM <= most]
+    ways: list[Way | Strips] = [*(float32_ways(tiles) if out_dtype == torch.float32 else tiles)]
     if whole_steps:
         ways += [way for way in STRIPS[fmt] if least == way.BM]
     cuts = [cut(way, m, n, k, processors, fmt) for way in ways]

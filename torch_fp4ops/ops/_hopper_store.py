@@ -1,0 +1,87 @@
+"""What becomes of a tile's sums in a Hopper product: added between warp groups, stored rounded, or left as parts."""
+
+from __future__ import annotations
+
+import triton.experimental.gluon.language as gl
+from triton.experimental import gluon
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+
+from ._gluon import async_store, reinterpret, warp_group_barrier
+from ._hopper_load import after
+
+__all__ = ["add_shared", "free_place", "give_shared", "store", "store_part"]
+
+
+@gluon.jit
+def free_place(s, ahead, phase, SUB: gl.constexpr, C: gl.constexpr):
+    """Where, among buffers of their own or the ring's, the results of 64 weight rows may wait for TMA to store them."""
+    if not C.ONCE:
+        return SUB
+    # Nothing is loaded any more into the stages after the last one that was looked at. Each is free once the loading
+    # warp would find it so, since the other warp group may be multiplying what was there before.
+    for i in gl.static_range(SUB + 1):
+        ahead, phase = after(ahead, phase, C.EXTRA_STAGES - 1 + i, 1, 0, C)
+    mbarrier.wait(s[4].index(ahead), phase ^ 1)
+    return ahead * C.KS
+
+
+@gluon.jit
+def store(
+    acc, first, row, place, d, s, out, alpha, factor, M, N,
+    IN: gl.constexpr, RING: gl.constexpr, ROWS: gl.constexpr, ACC: gl.constexpr, C: gl.constexpr,
+):  # fmt: skip
+    """Multiply sums of 64 weight rows from ``row`` on and ROWS of x from ``first`` on by the factor or by each row's,
+    round once and store them transposed; by TMA from ``place`` in buffers IN, which are the RING's with ONCE."""
+    m = first + gl.arange(0, ROWS, gl.SliceLayout(0, ACC))
+    if C.ALPHA == 2:
+        acc = acc * (gl.load(alpha + m, mask=m < M, other=0.0) * C.FACTOR)[None, :]
+    else:
+        acc = acc * factor
+    value = acc.to(out.dtype.element_ty)
+    if C.TMA_STORE:
+        EACH: gl.constexpr = C.OUT_ROWS
+        if C.ONCE:
+            buffer = reinterpret(s[RING].index(place), d[3].dtype, [ROWS, 64], d[3].layout)
+        else:
+            buffer = s[IN].index(place)
+        buffer.permute((1, 0)).store(value)
+        fence_async_shared()
+        for i in gl.static_range(ROWS // EACH):
+            async_store(d[3], [first + i * EACH, row], buffer.slice(i * EACH, EACH, dim=0))
+    else:
+        n = row + gl.arange(0, 64, gl.SliceLayout(1, ACC))
+        gl.store(out + (m.to(gl.int64) * N)[None, :] + n[:, None], value, mask=(m < M)[None, :])
+
+
+@gluon.jit
+def store_part(to, acc, ROWS: gl.constexpr, ACC: gl.constexpr):
+    m = gl.arange(0, ROWS, gl.SliceLayout(0, ACC))[None, :]
+    n = gl.arange(0, 64, gl.SliceLayout(1, ACC))[:, None]
+    gl.store(to + (m * 64 + n), acc)
+
+
+@gluon.jit
+def give_shared(acc0, acc1, s, turn, PART: gl.constexpr, SUB: gl.constexpr, C: gl.constexpr):
+    """Sums of a warp group that shares a tile and is not the first, to that one."""
+    AT: gl.constexpr = C.FIRST_SHARED
+    mbarrier.wait(s[AT + 2].index(SUB), turn ^ 1)
+    s[AT].index(SUB * (C.KW - 1) + PART - 1).store(acc0)
+    if C.REST:
+        s[AT + 3].index(SUB * (C.KW - 1) + PART - 1).store(acc1)
+    warp_group_barrier()
+    mbarrier.arrive(s[AT + 1].index(SUB))
+
+
+@gluon.jit
+def add_shared(acc0, acc1, s, turn, ACC: gl.constexpr, ACC1: gl.constexpr, SUB: gl.constexpr, C: gl.constexpr):
+    """What the others give, added to the first one's."""
+    AT: gl.constexpr = C.FIRST_SHARED
+    OTHERS: gl.constexpr = C.KW - 1
+    mbarrier.wait(s[AT + 1].index(SUB), turn)
+    for i in gl.static_range(OTHERS):
+        acc0 += s[AT].index(SUB * OTHERS + i).load(ACC)
+        if C.REST:
+            acc1 += s[AT + 3].index(SUB * OTHERS + i).load(ACC1)
+    warp_group_barrier()
+    mbarrier.arrive(s[AT + 2].index(SUB))
+    return acc0, acc1
