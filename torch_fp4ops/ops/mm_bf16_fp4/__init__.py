@@ -40,7 +40,7 @@ def _contract(call: Call) -> Out:
 
 _PREFERENCES = (
     _preferences.FLASHINFER,
-    _preferences.gluon(2.3, 1.08),
+    _preferences.gluon(2.25, 1.06),
     Preference(
         "triton",
         "cuda",

@@ -42,7 +42,7 @@ def a_layout(use_8x4_sf_layout: bool) -> str:
 _PREFERENCES = (
     _preferences.FLASHINFER,
     _preferences.TRTLLM,
-    _preferences.gluon(2.1, 1.01),
+    _preferences.gluon(2.11, 1.0),
     Preference(
         "triton",
         "cuda",
