@@ -60,6 +60,17 @@ def test_small_weights_are_shared_by_warp_groups():
         assert isinstance(way, Way) and way.KW == 2 and not way.STREAM
 
 
+def test_rows_between_powers_of_two_have_tiles_of_their_own():
+    for m, n, k, rows in (
+        (192, 28672, 8192, 192),
+        (384, 7168, 2048, 192),
+        (768, 4096, 4096, 192),
+        (96, 7168, 2048, 96),
+    ):
+        chosen = [choose(m, n, k, PROCESSORS, fmt=fmt).way.BM for fmt in FORMATS]
+        assert chosen == [rows] * len(FORMATS)
+
+
 @pytest.mark.parametrize("processors", [78, PROCESSORS])
 def test_what_comes_early_to_add_parts_up_has_a_multiprocessor_each(processors):
     early = set()

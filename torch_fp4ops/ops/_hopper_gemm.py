@@ -257,8 +257,9 @@ def matmul_kernel(
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=2 // KW)
-    d = (x_desc, codes_desc, scales_desc)
+    # Behind these five come x of second accumulators, results, and what KW needs, those that there are.
     s = (xs, codes, scales, full, empty)
+    d = (x_desc, codes_desc, scales_desc)
     if TMA_STORE:
         d = d + (out_desc,)  # type: ignore[assignment]  # noqa: RUF005
     if REST:
