@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import scale_layouts
 from ..formats import BlockFormat
-from ._hopper_plan import Plan, StripPlan
+from ._hopper_plan import Plan, StripPlan, power_of_two_within
 from ._hopper_ways import STRIPS, WAYS, Cut, Strips, Way, choose, decodes
 from ._triton_dequantize import decoded
 from ._triton_gemm_launch import Operand
@@ -172,12 +172,11 @@ def _rows_at_once(tile: int, m: int) -> int:
 
     Zeros for rows beyond take longer than rows (192 rows of 4096 x 4096: 24 instead of 16 us), as do many small loads.
     """
-    whole = tile & -tile  # the part of a tile that is not a power of two
     if m % tile == 0 or tile < 64:
-        return whole
+        return tile & -tile  # which divides both accumulators' rows
     if tile == 64:
         return 32 if m % tile <= 32 else 64
-    return tile // 4 if tile == whole else whole // 2
+    return power_of_two_within(tile // 4)
 
 
 def _blocks(plan: Plan) -> tuple[list[int], list[int]]:

@@ -5,10 +5,15 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-__all__ = ["Plan", "StripPlan"]
+__all__ = ["Plan", "StripPlan", "power_of_two_within"]
 
 _GROUPS = 2
 """Warp groups that multiply, unless strips' are more."""
+
+
+def power_of_two_within(rows: int) -> int:
+    """The largest power of two that is at most ``rows``, which are one or more."""
+    return 1 << rows.bit_length() - 1
 
 
 class Plan(NamedTuple):
@@ -54,7 +59,7 @@ class Plan(NamedTuple):
     @property
     def TOP(self) -> int:
         """Rows of x of a tile's first accumulator: a tensor's are a power of two."""
-        return 1 << self.BM.bit_length() - 1
+        return power_of_two_within(self.BM)
 
     @property
     def REST(self) -> int:
@@ -172,6 +177,11 @@ class StripPlan(NamedTuple):
     def LOADER_REGISTERS(self) -> int:
         """A thread of the warp that loads, which has more places to remember than with tiles."""
         return 48 if self.X_LAYOUT else 40
+
+    @property
+    def DECODER_REGISTERS(self) -> int:
+        """A thread of the warp group that decodes x, if it is quantised."""
+        return 80
 
     @property
     def TURNS(self) -> int:

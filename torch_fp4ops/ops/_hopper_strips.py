@@ -206,7 +206,7 @@ def strips_kernel(
             (_group1, (d, s, out, alpha, M, N, STEPS, C)),
             (rows_decoder, (s, x, x_scales, x_units, x_cols, M, K_STEPS, STEPS, C)),
             (_loader, (d, s, out, alpha, M, N, STEPS, C)),
-        ], [4, 4, 1], [C.REGISTERS, 80, C.LOADER_REGISTERS])  # fmt: skip
+        ], [4, 4, 1], [C.REGISTERS, C.DECODER_REGISTERS, C.LOADER_REGISTERS])  # fmt: skip
     elif C.GROUPS == 3:
         gl.warp_specialize([
             (_group0, (d, s, out, alpha, M, N, STEPS, C)),
