@@ -63,6 +63,12 @@ class Wanted(NamedTuple):
     has_not: tuple[str, ...] = ()
 
 
+_BARRIER_IN_BETWEEN = (
+    r"wait_group [1-9];[^;]*;(?:(?!wait_group)[\s\S])*wait_group \d;(?:(?!wait_group)[\s\S])*bar\.sync[\s\S]*wait_group"
+)
+"""After the second of at least three waits for copies."""
+
+
 def aot_cases() -> Iterator[Any]:
     """The cases of every module below ``torch_fp4ops.ops`` that is a Triton backend or belongs to one."""
     import torch_fp4ops.ops as package
@@ -81,7 +87,7 @@ def matmul_cases() -> Iterator[Wanted]:
 
 def hopper_cases() -> Iterator[Wanted]:
     """Narrow tiles with mma, others with wgmma."""
-    from torch_fp4ops.ops._hopper_launch import offline_cases
+    from torch_fp4ops.ops._hopper_offline import offline_cases
 
     for case in offline_cases():
         has: tuple[str, ...] = ()
@@ -91,7 +97,11 @@ def hopper_cases() -> Iterator[Wanted]:
             mma = rf"mma\.sync\.aligned\.m16n8k16.*\.f32\.{kind}\.{kind}\.f32"
             wgmma = rf"wgmma\.mma_async.*\.f32\.{kind}\.{kind}"
             one, other = (mma, wgmma) if case.constants["BM"] <= 16 else (wgmma, mma)
-            has, has_not = (one, r"cp\.async\.bulk\.tensor"), (other, r"\.ftz\b")
+            copies, has_not = r"cp\.async\.bulk\.tensor", (other, r"\.ftz\b")
+            if "STEPS" in case.constants:
+                # Once the first of its own has come, a warp waits for no other one.
+                copies, has_not = r"cp\.async\.cg", (*has_not, _BARRIER_IN_BETWEEN)
+            has = one, copies
         yield Wanted(case, ("sm_90",), has, has_not)
 
 

@@ -15,7 +15,7 @@ import triton.language as tl
 
 from torch_fp4ops.formats import MXFP8, NVFP4
 from torch_fp4ops.ops import _hopper_launch
-from torch_fp4ops.ops._hopper_ways import STRIPS, WAYS, Way, cut
+from torch_fp4ops.ops._hopper_ways import AT_ONCE, STRIPS, WAYS, AtOnce, Way, cut
 from torch_fp4ops.ops._triton_gemm_launch import Operand
 from torch_fp4ops.testing import assert_same_bytes
 from torch_fp4ops.testing.samples import values
@@ -115,8 +115,8 @@ def assert_waits(pairs: list[tuple[Tensor, Tensor]], run: Callable[[], list[Tens
                 assert_same_bytes(a, b, f"tensor {last} written late")
 
 
-PRODUCTS = [(NVFP4, way) for way in (*WAYS, *STRIPS["nvfp4"][::4])]
-PRODUCTS += [(MXFP8, way) for way in (*WAYS[-7::3], *STRIPS["mxfp8"][2::4])]
+PRODUCTS = [(NVFP4, way) for way in (*WAYS, *STRIPS["nvfp4"][::4], *AT_ONCE[::3])]
+PRODUCTS += [(MXFP8, way) for way in (*WAYS[-7::3], *STRIPS["mxfp8"][2::4], *AT_ONCE[1::3])]
 
 
 @pytest.mark.parametrize(("fmt", "way"), PRODUCTS, ids=str)
@@ -124,8 +124,8 @@ PRODUCTS += [(MXFP8, way) for way in (*WAYS[-7::3], *STRIPS["mxfp8"][2::4])]
 def test_products_wait_however_they_are_cut_up(fmt, way, quantized):
     if _hopper_launch.unavailable(torch.device("cuda", 0)):
         pytest.skip("needs compute capability 9.0")
-    m, n, k = 2 * way.BM if isinstance(way, Way) else way.BM, 896, 4096
-    chosen = cut(way, m, n, k, torch.cuda.get_device_properties(0).multi_processor_count)
+    m, n, k = 2 * way.BM if isinstance(way, Way) else way.BM, 896, 1024 if isinstance(way, AtOnce) else 4096
+    chosen = cut(way, m, n, k, torch.cuda.get_device_properties(0).multi_processor_count, fmt.name)
     if chosen is None:
         pytest.skip("not a way for these sizes")
     weights = quantized_rows(n, k, fmt, "128x4", 1, "cuda")

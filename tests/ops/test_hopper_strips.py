@@ -19,8 +19,8 @@ from .test_hopper_ways import check_way
 
 pytest.importorskip("triton.experimental.gluon", reason="needs Gluon")
 
-from torch_fp4ops.ops import _hopper_launch, _hopper_strips, _hopper_ways
-from torch_fp4ops.ops._hopper_ways import STRIPS, WAYS, Strips, choose, cut, decodes
+from torch_fp4ops.ops import _hopper_kernels, _hopper_launch, _hopper_strips, _hopper_ways
+from torch_fp4ops.ops._hopper_ways import AT_ONCE, STRIPS, WAYS, AtOnce, Strips, choose, cut, decodes
 from torch_fp4ops.ops._triton_dequantize import decoded as decoded_before
 from torch_fp4ops.ops._triton_gemm_launch import Operand
 
@@ -152,7 +152,7 @@ def test_programs_read_the_rows_that_they_decode(fmt, m, cut_up, layout):
     weight, scale = pack_hopper_weight(codes, scales, fmt)
     rows = quantized_rows(m, k, fmt, layout, 4)
     way = Strips(*cut_up, start=4.0, step=0.004, strip=0.02)
-    assert decodes(way, fmt.name, k)
+    assert decodes(way, fmt.name, k, m)
     out = torch.empty(m, n)
     with mock.patch("torch_fp4ops.ops._hopper_strips.strips_kernel", Simulated(fmt)):
         _hopper_launch.multiply(rows, weight, scale, fmt, out, None, cut(way, m, n, 512, 132))
@@ -169,12 +169,12 @@ def test_rows_decoded_in_the_product_are_those_decoded_before(fmt, way):
     """Bit for bit, also where programs are many and calls follow each other; NaN and infinite scales included."""
     if _hopper_launch.unavailable(torch.device("cuda", 0)):
         pytest.skip("needs compute capability 9.0")
-    if not decodes(way, fmt.name, 512):
+    if not decodes(way, fmt.name, 512, 1):
         pytest.skip("rows are decoded before")
     compared = 0
     for seed, (m, n, k) in enumerate([(1, 896, 512), (way.BM, 2048 * way.S, 1088), (way.BM - 3, 256, 4096)]):
         chosen = cut(way, m, n, hopper_size(n, k)[1], 132)
-        if chosen is None or not decodes(way, fmt.name, k):
+        if chosen is None or not decodes(way, fmt.name, k, m):
             continue
         codes, scales = storable(seed, n, k, fmt)
         weight, scale = (t.cuda() for t in pack_hopper_weight(codes, scales, fmt))
@@ -207,8 +207,8 @@ def test_one_row_may_have_any_stride():
 @formats_and_ways
 def test_stages_have_room_and_belong_to_groups(fmt, way):
     """Groups wait for the parity of a stage's phase: those that take turns see only every second phase of each stage."""
-    for x_layout in (0, 1) if decodes(way, fmt.name, 512) else (0,):
-        plan = _hopper_launch._strip_plan(way, fmt.name, torch.bfloat16, x_layout, 1)
+    for x_layout in (0, 1) if decodes(way, fmt.name, 512, 1) else (0,):
+        plan = _hopper_kernels.strip_plan(way, fmt.name, torch.bfloat16, x_layout, 1)
         assert plan.STAGES == way.STAGES >= max(plan.LEAST_STAGES, 2) and plan.STAGES % plan.TURNS == 0
         strips = [range(_hopper_strips._begin.fn(plan, g), _hopper_strips._end.fn(plan, g)) for g in range(plan.GROUPS)]
         if plan.OWN:
@@ -220,20 +220,18 @@ def test_stages_have_room_and_belong_to_groups(fmt, way):
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_who_decodes_rows(fmt):
     """Programs of the product where that is little work beside their weights; a kernel before for tiles, always."""
-    for way in (*STRIPS[fmt], *WAYS):
-        for k in (512, 2048, 4096, 8192, 28672):
-            if isinstance(way, Strips):
-                assert decodes(way, fmt, k) <= decodes(way, fmt, 512)
-            else:
-                assert not decodes(way, fmt, k)
-    one, many = (choose(1, n, 2048, 132, fmt=fmt).way for n in (4096, 28672))
-    assert decodes(one, fmt, 2048) and decodes(many, fmt, 2048) == (fmt == "mxfp8")
+    for way in (*STRIPS[fmt], *AT_ONCE, *WAYS):
+        for m, k in itertools.product((1, 8), (512, 2048, 4096, 8192, 28672)):
+            assert decodes(way, fmt, k, m) <= decodes(way, fmt, 512, 1)
+            assert isinstance(way, Strips | AtOnce) or not decodes(way, fmt, k, m)
+    few, many = (choose(1, n, 2048, 132, fmt=fmt).way for n in (4096, 28672))
+    assert decodes(few, fmt, 2048, 1) and decodes(many, fmt, 2048, 1) == (fmt == "mxfp8")
 
 
 def test_strips_need_steps_of_64():
-    whole = choose(1, 4096, 4096, 132)
-    assert isinstance(whole.way, Strips) and whole.way.S * whole.programs * 16 >= 4096
-    assert choose(1, 4096, 4096, 132, whole_steps=False).way in WAYS
+    whole = choose(1, 8192, 8192, 132)
+    assert isinstance(whole.way, Strips) and whole.way.S * whole.programs * 16 >= 8192
+    assert choose(1, 8192, 8192, 132, whole_steps=False).way in WAYS
 
 
 @formats_and_ways
@@ -247,12 +245,17 @@ def test_a_way_is_refused_where_it_does_not_fit(fmt, way):
 @pytest.mark.parametrize("m", [8, 16])
 def test_stages_are_short_where_k_is(fmt, m):
     """With as many strips, eight steps a stage from some 4096 of K on, if the format has both."""
+
+    def best(n, k):
+        cuts = [cut(way, m, n, k, 132, fmt) for way in STRIPS[fmt] if m == way.BM]
+        return min((each for each in cuts if each), key=lambda each: each.us).way
+
     for n in (4096, 6144, 8192):
-        ways = [choose(m, n, k, 132, fmt=fmt).way for k in (2048, 3072, 8192, 28672)]
+        ways = [best(n, k) for k in (2048, 3072, 8192, 28672)]
         assert len({way.S for way in ways}) == 1
         steps = [way.KS for way in ways]
         assert steps == ([4, 4, 8, 8] if fmt != "mxfp8" else [8 if n == 4096 else 4] * 4)
-    assert choose(m, 4096, 28672 + 256, 132, fmt=fmt).way.KS == 4
+    assert best(4096, 28672 + 256).KS == 4
 
 
 @pytest.mark.gpu

@@ -13,7 +13,8 @@ from torch_fp4ops.testing import assert_matmul_close
 
 pytest.importorskip("triton.experimental.gluon", reason="needs Gluon")
 
-from torch_fp4ops.ops import _hopper_launch
+from torch_fp4ops.ops import _hopper_kernels, _hopper_launch
+from torch_fp4ops.ops._hopper_plan import SHARED_BYTES
 from torch_fp4ops.ops._hopper_ways import WAYS, Cut, Way, choose, cut, float32_ways
 from torch_fp4ops.ops._triton_gemm_launch import Operand
 
@@ -34,12 +35,12 @@ formats = pytest.mark.parametrize("fmt", FORMATS.values(), ids=lambda fmt: fmt.n
 def test_stages_are_enough_and_have_room(way, fmt):
     stages = []
     for one_tile in (False, True):
-        plan = _hopper_launch._plan(way, fmt.name, torch.bfloat16, torch.bfloat16, 1, one_tile=one_tile)
+        plan = _hopper_kernels.tile_plan(way, fmt.name, torch.bfloat16, torch.bfloat16, 1, one_tile=one_tile)
         assert plan.STAGES % plan.KW == 0  # groups that take turns have stages of their own
         assert (plan.KW if plan.MMA else plan.LEAST_STAGES) <= plan.STAGES
         assert plan.AHEAD + plan.R <= 3 and not (plan.ONCE and (plan.STREAM or plan.KW > 1 or plan.R > 1))
-        used = plan.STAGES * plan.STAGE_BYTES + plan.RESULT_BYTES + _hopper_launch._BARRIER_BYTES
-        assert used <= _hopper_launch._SHARED_BYTES // way.RESIDENT
+        used = plan.STAGES * plan.STAGE_BYTES + plan.RESULT_BYTES + _hopper_kernels.BARRIER_BYTES
+        assert used <= SHARED_BYTES // way.RESIDENT
         stages.append(plan.STAGES)
     assert stages[0] <= stages[1]
 
@@ -47,7 +48,7 @@ def test_stages_are_enough_and_have_room(way, fmt):
 @pytest.mark.parametrize("tile", [32, 64, 96, 128, 192, 256])
 def test_few_rows_beyond_the_last_are_loaded(tile):
     for m in range(1, 2 * tile + 1):
-        rows = _hopper_launch._rows_at_once(tile, m)
+        rows = _hopper_kernels.rows_at_once(tile, m)
         assert (tile & -tile) % rows == 0  # of both accumulators
         assert -m % rows < (tile // 4 if tile > 64 else 32)
         assert rows == tile & -tile or m % tile
@@ -83,7 +84,7 @@ def test_what_comes_early_to_add_parts_up_has_a_multiprocessor_each(processors):
                     continue
                 rows, tiles = min(way.BM, m), chosen.tiles_m * chosen.tiles_n * way.rows // 64
                 assert way.BM % chosen.sum_rows == (32 if (way.BM, chosen.sum_rows) == (96, 64) else 0)
-                assert _hopper_launch._sum_threads(chosen.sum_rows) <= 512
+                assert _hopper_kernels.sum_threads(chosen.sum_rows) <= 512
                 assert chosen.sum_early == (tiles * -(-rows // 64) <= processors)
                 assert not chosen.sum_early or tiles * -(-rows // chosen.sum_rows) <= processors
                 early.add(chosen.sum_early)

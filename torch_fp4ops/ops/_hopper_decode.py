@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
 
-__all__ = ["FACTORS", "decode", "decode_strip", "fetch", "scale_words"]
+__all__ = ["FACTORS", "decode", "decode_strip", "fetch", "scale_words", "warp_bases"]
 
 FACTORS = {"nvfp4": 2.0**7, "mxfp4": 1.0, "mxfp8": 1.0}
 
@@ -114,47 +114,58 @@ def decode(c, words, OPERAND: gl.constexpr, FMT: gl.constexpr, HALF: gl.constexp
     return gl.convert_layout(_decoded(c, words, FMT, HALF).reshape([64, 64]), OPERAND, assert_trivial=True)
 
 
+@gluon.constexpr_function
+def warp_bases(warps, rank):
+    """For a linear layout: warps side by side along the first dimension."""
+    return [[1 << i] + [0] * (rank - 1) for i in range(warps.bit_length() - 1)]
+
+
 @gluon.jit
 def decode_strip(codes, scales, OPERAND: gl.constexpr, FMT: gl.constexpr, HALF: gl.constexpr):
-    """Four steps along K of a strip of 16 rows, a warp each, to a tensor [4, 16, 64] of layout ``OPERAND``.
+    """Steps along K of a strip of 16 rows, a warp each, to a tensor [steps, 16, 64] of layout ``OPERAND``.
 
-    ``codes``: int32 [4, 1 or 2, 1, 128], 512 bytes a step or twice that; ``scales``: int32 [4, 1, 16 or 8].
+    ``codes``: int32 [steps, 1 or 2, 1, 128], 512 bytes a step or twice that; ``scales``: int32 [steps, 1, 16 or 8].
     """
     W: gl.constexpr = scale_words(FMT)
-    WARPS: gl.constexpr = [[1, 0, 0, 0], [2, 0, 0, 0]]
+    STEPS: gl.constexpr = codes.shape[0]
+    WARPS: gl.constexpr = warp_bases(STEPS, 4)
     LANES: gl.constexpr = [[0, 0, 0, 4], [0, 0, 0, 8], [0, 0, 0, 16], [0, 0, 0, 32], [0, 0, 0, 64]]
     SCALES: gl.constexpr = gl.DistributedLinearLayout(
         [[0, 0, 1]] if W == 2 else [], [[0, 0, 0], [0, 0, 0], [0, 0, W], [0, 0, 2 * W], [0, 0, 4 * W]],
-        [[1, 0, 0], [2, 0, 0]], [], [4, 1, 8 * W])  # fmt: skip
-    words = scales.load(SCALES).reshape([32, W])
+        warp_bases(STEPS, 3), [], [STEPS, 1, 8 * W])  # fmt: skip
+    words = scales.load(SCALES).reshape([8 * STEPS, W])
     if FMT == "mxfp8":
         EIGHT: gl.constexpr = gl.DistributedLinearLayout(
-            [[0, 0, 0, 1], [0, 0, 0, 2], [0, 1, 0, 0]], LANES, WARPS, [], [4, 2, 1, 128]
+            [[0, 0, 0, 1], [0, 0, 0, 2], [0, 1, 0, 0]], LANES, WARPS, [], [STEPS, 2, 1, 128]
         )
-        c = codes.load(EIGHT).reshape([4, 2, 32, 2, 2]).permute((0, 2, 1, 3, 4)).reshape([32, 4, 4, 2])
+        c = codes.load(EIGHT).reshape([STEPS, 2, 32, 2, 2]).permute((0, 2, 1, 3, 4)).reshape([8 * STEPS, 4, 4, 2])
     else:
-        FOUR: gl.constexpr = gl.DistributedLinearLayout([[0, 0, 0, 1], [0, 0, 0, 2]], LANES, WARPS, [], [4, 1, 1, 128])
-        c = codes.load(FOUR).reshape([32, 4, 4])
-    return gl.convert_layout(_decoded(c, words, FMT, HALF).reshape([4, 16, 64]), OPERAND, assert_trivial=True)
+        FOUR: gl.constexpr = gl.DistributedLinearLayout(
+            [[0, 0, 0, 1], [0, 0, 0, 2]], LANES, WARPS, [], [STEPS, 1, 1, 128]
+        )
+        c = codes.load(FOUR).reshape([8 * STEPS, 4, 4])
+    return gl.convert_layout(_decoded(c, words, FMT, HALF).reshape([STEPS, 16, 64]), OPERAND, assert_trivial=True)
 
 
 @gluon.jit
 def _decoded(c, words, FMT: gl.constexpr, HALF: gl.constexpr):
-    """Codes [32, 4, 4] or, for MXFP8, [32, 4, 4, 2] and scales [32, 1 or 2] to values [4, 2, 8, 4, 2, 4, 2].
+    """For W warps: codes [8 W, 4, 4], of MXFP8 [8 W, 4, 4, 2], and scales [8 W, 1 or 2] to [W, 2, 8, 4, 2, 4, 2].
 
     The first dimension of each is (w, g), with the warp in w; values are by w, row, g, step, half, t, of pair.
     """
-    THREAD: gl.constexpr = gl.BlockedLayout([1, 1, 4], [8, 4, 1], [4, 1, 1], [2, 1, 0])  # w g | t | step
+    ROWS: gl.constexpr = c.shape[0]
+    W: gl.constexpr = ROWS // 8
+    THREAD: gl.constexpr = gl.BlockedLayout([1, 1, 4], [8, 4, 1], [W, 1, 1], [2, 1, 0])  # w g | t | step
     even, odd = gl.inline_asm_elementwise(
         _scales_asm(FMT, HALF), "=&r,=&r,r", [words], dtype=(gl.int32, gl.int32), is_pure=True, pack=1
     )
     pairs = gl.join(even, odd)
     if scale_words(FMT) == 1:
         pairs = gl.join(pairs, pairs)  # a scale of 32 elements serves two steps
-    s = gl.convert_layout(pairs.reshape([32, 1, 4]), THREAD, assert_trivial=True)
+    s = gl.convert_layout(pairs.reshape([ROWS, 1, 4]), THREAD, assert_trivial=True)
     if FMT == "mxfp8":
-        ROWS: gl.constexpr = gl.BlockedLayout([1, 1, 4, 2], [8, 4, 1, 1], [4, 1, 1, 1], [3, 2, 1, 0])
-        c0, c1 = gl.split(gl.convert_layout(c, ROWS, assert_trivial=True))
+        BOTH: gl.constexpr = gl.BlockedLayout([1, 1, 4, 2], [8, 4, 1, 1], [W, 1, 1, 1], [3, 2, 1, 0])
+        c0, c1 = gl.split(gl.convert_layout(c, BOTH, assert_trivial=True))
         c0 = gl.convert_layout(c0, THREAD, assert_trivial=True)
         c1 = gl.convert_layout(c1, THREAD, assert_trivial=True)
         s, c0 = gl.broadcast(s, c0)
@@ -179,5 +190,5 @@ def _decoded(c, words, FMT: gl.constexpr, HALF: gl.constexpr):
     # a: the upper row, b: the one eight below; first digit: which half of a step, second: which of a pair
     low = gl.join(gl.join(a00, b00), gl.join(a01, b01))
     high = gl.join(gl.join(a10, b10), gl.join(a11, b11))
-    tile = gl.join(low, high).reshape([4, 8, 4, 4, 2, 2, 2])  # w, g, t, step, row, of pair, half
+    tile = gl.join(low, high).reshape([W, 8, 4, 4, 2, 2, 2])  # w, g, t, step, row, of pair, half
     return tile.permute((0, 4, 1, 3, 6, 2, 5))

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-__all__ = ["Plan", "StripPlan", "power_of_two_within"]
+__all__ = ["SHARED_BYTES", "AtOncePlan", "Plan", "StripPlan", "power_of_two_within"]
 
+SHARED_BYTES = 227 * 1024
+"""Of a multiprocessor, for the programs on it."""
 _GROUPS = 2
 """Warp groups that multiply, unless strips' are more."""
 
@@ -142,6 +144,26 @@ class Plan(NamedTuple):
         return self.SUBS * 64 * self.BM * (2 * self.RESULTS_APART + 4 * (self.KW - 1))
 
 
+def _planes(fmt: str) -> int:
+    """Pieces of 512 bytes that hold a strip's codes of a step."""
+    return 2 if fmt == "mxfp8" else 1
+
+
+def _scale_words(fmt: str) -> int:
+    """Words of scales for a strip and a step."""
+    return 8 * (2 if fmt == "nvfp4" else 1)
+
+
+def _unit_words(fmt: str) -> int:
+    """Words of codes for 16 elements of x."""
+    return 4 if fmt == "mxfp8" else 2
+
+
+def _row_scales(fmt: str) -> int:
+    """Scales of a row of x for a step, which are loaded as one word."""
+    return 4 if fmt == "nvfp4" else 2
+
+
 class StripPlan(NamedTuple):
     """A kernel of ``_hopper_strips``, whose programs have strips of 16 weight rows."""
 
@@ -209,23 +231,29 @@ class StripPlan(NamedTuple):
 
     @property
     def PLANES(self) -> int:
-        """Pieces of 512 bytes that hold a strip's codes of a step."""
-        return 2 if self.FMT == "mxfp8" else 1
+        return _planes(self.FMT)
 
     @property
     def SCALE_WORDS(self) -> int:
-        """Words of scales for a strip and a step."""
-        return 8 * (2 if self.FMT == "nvfp4" else 1)
+        return _scale_words(self.FMT)
 
     @property
     def UNIT_WORDS(self) -> int:
-        """Words of codes for 16 elements of x."""
-        return 4 if self.FMT == "mxfp8" else 2
+        return _unit_words(self.FMT)
 
     @property
     def ROW_SCALES(self) -> int:
-        """Scales of a row of x for a step, which are loaded as one word."""
-        return 4 if self.FMT == "nvfp4" else 2
+        return _row_scales(self.FMT)
+
+    @property
+    def ROW_WARPS(self) -> int:
+        """Those that decode x, if it is quantised."""
+        return 4
+
+    @property
+    def ROWS(self) -> int:
+        """Rows of x that they decode at a time."""
+        return self.BM
 
     @property
     def ROWS_AHEAD(self) -> int:
@@ -245,3 +273,69 @@ class StripPlan(NamedTuple):
     @property
     def STAGE_BYTES(self) -> int:
         return self.ROWS_BYTES + self.WEIGHT_BYTES
+
+
+class AtOncePlan(NamedTuple):
+    """A kernel of ``_hopper_at_once``, whose programs have strips of 16 weight rows and ask for all of them at once."""
+
+    FMT: str
+    HALF: bool
+    """x is float16, not bfloat16."""
+    BM: int
+    """Rows of x, 8 or 16."""
+    S: int
+    """Strips a program."""
+    STEPS: int
+    """Steps of 64 along K."""
+    X_LAYOUT: int
+    """As ``StripPlan``'s."""
+    ALPHA: int
+    FACTOR: float
+
+    @property
+    def WARPS(self) -> int:
+        """Those of a program, which share K; twice as many have twice as many sums to add up, and take longer."""
+        return 8
+
+    @property
+    def TURNS(self) -> int:
+        """Steps of a warp: each has every WARPS-th."""
+        return -(-self.STEPS // self.WARPS)
+
+    @property
+    def KS(self) -> int:
+        """Steps of x that are decoded at a time, if it is quantised: all, and in a tensor a power of two."""
+        return self.WARPS * (1 << (self.TURNS - 1).bit_length())
+
+    @property
+    def ROWS(self) -> int:
+        """Rows of x that are decoded at a time: for a thread 16 elements, or more."""
+        return max(1, 8 * self.WARPS // self.KS)
+
+    @property
+    def PLANES(self) -> int:
+        return _planes(self.FMT)
+
+    @property
+    def SCALE_WORDS(self) -> int:
+        return _scale_words(self.FMT)
+
+    @property
+    def UNIT_WORDS(self) -> int:
+        return _unit_words(self.FMT)
+
+    @property
+    def ROW_SCALES(self) -> int:
+        return _row_scales(self.FMT)
+
+    @property
+    def ROW_WARPS(self) -> int:
+        """Those that decode x, if it is quantised."""
+        return self.WARPS
+
+    @property
+    def SHARED_BYTES(self) -> int:
+        steps = self.KS if self.X_LAYOUT else self.TURNS * self.WARPS
+        codes = self.TURNS * self.WARPS * self.S * self.PLANES * 512
+        row_bytes = 144 if self.X_LAYOUT else 128
+        return steps * self.BM * row_bytes + codes + self.S * self.KS * self.SCALE_WORDS * 4

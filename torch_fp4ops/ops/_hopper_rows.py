@@ -17,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from ._gluon import warp_group_barrier
 from ._hopper_schedule import wait_for_previous
 
-__all__ = ["rows_decoder"]
+__all__ = ["decode_rows", "load_rows", "rows_decoder"]
 
 _OUT: gl.constexpr = gl.constexpr(",".join(["=&h"] * 16))
 
@@ -65,26 +65,29 @@ def _fp8_asm():
 
 
 @gluon.constexpr_function
-def _by_row(steps, rows, last):
-    """``[steps, rows, 64 / last[0], *last]`` by four warps, each with all of ``last``."""
-    each = steps * rows * 4 // 128  # units of 16 elements of a row that a thread has: 1, 2 or 4
+def _by_row(steps, rows, last, warps):
+    """``[steps, rows, 64 / last[0], *last]`` by some warps, each thread with all of ``last``."""
+    each = steps * rows // (8 * warps)  # units of 16 elements of a row that a thread has: 1, 2 or 4
     beside = 4 // each
     per_thread, per_warp = [1, 1, each * last[0], *last[1:]], [32 // (rows * beside), rows, beside]
     rank = len(per_thread)
     return gl.BlockedLayout(
-        per_thread, per_warp + [1] * (rank - 3), [4] + [1] * (rank - 1), list(range(rank - 1, -1, -1))
+        per_thread, per_warp + [1] * (rank - 3), [warps] + [1] * (rank - 1), list(range(rank - 1, -1, -1))
     )
 
 
 @gluon.jit
-def _load(x, x_scales, x_units, x_cols, M, K_STEPS, k, C: gl.constexpr):
-    """Codes ``[KS, BM, 4, words]`` and words of four scales ``[KS, BM]`` from step k on; zeros beyond x."""
+def load_rows(x, x_scales, x_units, x_cols, M, K_STEPS, k, first, C: gl.constexpr):
+    """Codes ``[KS, ROWS, 4, words]`` and words of four scales ``[KS, ROWS]``, from step k and row ``first`` on.
+
+    Zeros beyond x.
+    """
     WORDS: gl.constexpr = C.UNIT_WORDS
-    L: gl.constexpr = _by_row(C.KS, C.BM, [1, WORDS])
+    L: gl.constexpr = _by_row(C.KS, C.ROWS, [1, WORDS], C.ROW_WARPS)
     U: gl.constexpr = gl.SliceLayout(3, L)
     R: gl.constexpr = gl.SliceLayout(2, U)
     step = (k + gl.arange(0, C.KS, gl.SliceLayout(1, R)))[:, None]
-    row = gl.arange(0, C.BM, gl.SliceLayout(0, R))[None, :]
+    row = (first + gl.arange(0, C.ROWS, gl.SliceLayout(0, R)))[None, :]
     unit = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, U)))[None, None, :]
     word = gl.arange(0, WORDS, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, L))))[None, None, None, :]
     there, start = gl.broadcast((step < K_STEPS) & (row < M), row * (x_units * 4) + step * (4 * WORDS))
@@ -99,8 +102,8 @@ def _load(x, x_scales, x_units, x_cols, M, K_STEPS, k, C: gl.constexpr):
 
 
 @gluon.jit
-def _decoded(rows, C: gl.constexpr):
-    """What :func:`_load` gives, as bfloat16 ``[KS, BM, 64]``."""
+def decode_rows(rows, C: gl.constexpr):
+    """What :func:`load_rows` gives, as bfloat16 ``[KS, ROWS, 64]``."""
     codes = rows[0]
     U: gl.constexpr = gl.SliceLayout(3, codes.type.layout)
     step = gl.arange(0, C.KS, gl.SliceLayout(1, gl.SliceLayout(2, U)))[:, None, None]
@@ -109,7 +112,7 @@ def _decoded(rows, C: gl.constexpr):
     first = step * C.ROW_SCALES % 4
     byte = (gl.expand_dims(rows[1], 2) >> ((first + unit * C.ROW_SCALES // 4) * 8)) & 0xFF
     if C.FMT == "mxfp8":
-        c02, c13 = gl.split(codes.reshape([C.KS, C.BM, 4, 2, 2]))
+        c02, c13 = gl.split(codes.reshape([C.KS, C.ROWS, 4, 2, 2]))
         c0, c2 = gl.split(c02)
         c1, c3 = gl.split(c13)
         byte = gl.convert_layout(byte, c0.type.layout, assert_trivial=True)
@@ -123,7 +126,8 @@ def _decoded(rows, C: gl.constexpr):
         )
     for i in gl.static_range(4):  # each time one more bit of an element's number, the highest first
         v = _joined(v, 8 >> i)
-    return gl.convert_layout(v[0].reshape([C.KS, C.BM, 64]), _by_row(C.KS, C.BM, [16]), assert_trivial=True)
+    L: gl.constexpr = _by_row(C.KS, C.ROWS, [16], C.ROW_WARPS)
+    return gl.convert_layout(v[0].reshape([C.KS, C.ROWS, 64]), L, assert_trivial=True)
 
 
 @gluon.jit
@@ -142,19 +146,19 @@ def rows_decoder(s, x, x_scales, x_units, x_cols, M, K_STEPS, STEPS, C: gl.const
     wait_for_previous()
     held = ()
     for i in gl.static_range(AHEAD):
-        rows = _load(x, x_scales, x_units, x_cols, M, K_STEPS, i * KS, C)
+        rows = load_rows(x, x_scales, x_units, x_cols, M, K_STEPS, i * KS, 0, C)
         held = held + (rows,)  # type: ignore[assignment]  # noqa: RUF005
     stages = STEPS // KS
     for first in range(0, stages, AHEAD):
         later = ()
         for i in gl.static_range(AHEAD):
             stage = first + i
-            rows = _load(x, x_scales, x_units, x_cols, M, K_STEPS, (stage + AHEAD) * KS, C)
+            rows = load_rows(x, x_scales, x_units, x_cols, M, K_STEPS, (stage + AHEAD) * KS, 0, C)
             later = later + (rows,)  # type: ignore[assignment]  # noqa: RUF005
             if stage < stages:
                 st = stage % C.STAGES
                 mbarrier.wait(s[4].index(st), (stage // C.STAGES & 1) ^ 1)
-                s[0].index(st).store(_decoded(held[i], C))
+                s[0].index(st).store(decode_rows(held[i], C))
                 warp_group_barrier()
                 mbarrier.arrive(s[3].index(st))
         held = later

@@ -11,7 +11,16 @@ from __future__ import annotations
 import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
 
-__all__ = ["let_next_start", "piece", "program_at", "share", "sum_parts_kernel", "tile_at", "wait_for_previous"]
+__all__ = [
+    "first_strip",
+    "let_next_start",
+    "piece",
+    "program_at",
+    "share",
+    "sum_parts_kernel",
+    "tile_at",
+    "wait_for_previous",
+]
 
 
 @gluon.jit
@@ -25,6 +34,15 @@ def let_next_start():
     gl.inline_asm_elementwise(
         "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
     )
+
+
+@gluon.jit
+def first_strip(N, S: gl.constexpr):
+    """Of a program with S strips of 16 weight rows.
+
+    The last program's are moved back to end with the weight: two programs may store the same values.
+    """
+    return min(gl.program_id(0) * S, N // 16 - S)
 
 
 @gluon.jit

@@ -9,7 +9,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from ._gluon import async_store, reinterpret, warp_group_barrier
 from ._hopper_load import after
 
-__all__ = ["add_shared", "free_place", "give_shared", "store", "store_part"]
+__all__ = ["add_shared", "free_place", "give_shared", "row_factors", "store", "store_part"]
 
 
 @gluon.jit
@@ -85,3 +85,14 @@ def add_shared(acc0, acc1, s, turn, ACC: gl.constexpr, ACC1: gl.constexpr, SUB: 
     warp_group_barrier()
     mbarrier.arrive(s[AT + 2].index(SUB))
     return acc0, acc1
+
+
+@gluon.jit
+def row_factors(m, alpha, M, C: gl.constexpr):
+    """What sums of rows ``m`` of x are multiplied by."""
+    if C.ALPHA == 0:
+        return gl.full(m.shape, C.FACTOR, gl.float32, m.type.layout)
+    elif C.ALPHA == 1:
+        return gl.full(m.shape, C.FACTOR, gl.float32, m.type.layout) * gl.load(alpha)
+    else:
+        return gl.load(alpha + m, mask=m < M, other=0.0) * C.FACTOR

@@ -19,7 +19,8 @@ from ._gluon import async_load, reinterpret, warp_group_barrier
 from ._hopper_decode import decode_strip
 from ._hopper_plan import StripPlan
 from ._hopper_rows import rows_decoder
-from ._hopper_schedule import let_next_start, wait_for_previous
+from ._hopper_schedule import first_strip, let_next_start, wait_for_previous
+from ._hopper_store import row_factors
 
 __all__ = ["strips_kernel"]
 
@@ -41,18 +42,12 @@ def _end(C, group):
 
 
 @gluon.jit
-def _first_strip(N, C: gl.constexpr):
-    """The last program's strips are moved back to end with the weight: two programs may store the same values."""
-    return min(gl.program_id(0) * C.S, N // 16 - C.S)
-
-
-@gluon.jit
 def _loader(d, s, out, alpha, M, N, STEPS, C: gl.constexpr):
     KS: gl.constexpr = C.KS
     BOXES: gl.constexpr = C.BOXES
     wait_for_previous()
     let_next_start()
-    first = _first_strip(N, C)
+    first = first_strip(N, C.S)
     st = 0
     phase = 1
     for k in range(0, STEPS, KS):
@@ -92,7 +87,7 @@ def _multiply(d, s, out, alpha, M, N, STEPS, C: gl.constexpr, GROUP: gl.constexp
     SUM: gl.constexpr = gl.BlockedLayout([C.SUMS, 1, BM // 8], [1, 4, 8], [1, 4, 1], [2, 1, 0])
     m = gl.arange(0, BM, gl.SliceLayout(0, gl.SliceLayout(0, SUM)))
     wait_for_previous()
-    factor = _factor(m, alpha, M, C)  # loaded now, for at the end it would be waited for
+    factor = row_factors(m, alpha, M, C)  # loaded now, for at the end it would be waited for
     st = GROUP % TURNS
     phase = 0
     for _ in range(GROUP % TURNS * KS, STEPS, TURNS * KS):
@@ -118,16 +113,6 @@ def _multiply(d, s, out, alpha, M, N, STEPS, C: gl.constexpr, GROUP: gl.constexp
 
 
 @gluon.jit
-def _factor(m, alpha, M, C: gl.constexpr):
-    if C.ALPHA == 0:
-        return gl.full(m.shape, C.FACTOR, gl.float32, m.type.layout)
-    elif C.ALPHA == 1:
-        return gl.full(m.shape, C.FACTOR, gl.float32, m.type.layout) * gl.load(alpha)
-    else:
-        return gl.load(alpha + m, mask=m < M, other=0.0) * C.FACTOR
-
-
-@gluon.jit
 def _store_sums(accs, s, out, m, factor, M, N, SUM: gl.constexpr, C: gl.constexpr, GROUP: gl.constexpr):
     """Add the warps' sums in the order of the warps, and store a warp group's strips, or every second one."""
     TURNS: gl.constexpr = C.TURNS
@@ -145,7 +130,7 @@ def _store_sums(accs, s, out, m, factor, M, N, SUM: gl.constexpr, C: gl.constexp
     if TURNS > 1:
         mbarrier.arrive(s[6])
         mbarrier.wait(s[6], 0)
-    row = _first_strip(N, C) * 16 + gl.arange(0, 16, gl.SliceLayout(1, ROWS))
+    row = first_strip(N, C.S) * 16 + gl.arange(0, 16, gl.SliceLayout(1, ROWS))
     to = out + m[None, :] * N + row[:, None]
     for i in gl.static_range(BEGIN + TURN, END, TURNS):
         value = gl.sum(parts.index(i).load(SUM), axis=0) * factor[None, :]

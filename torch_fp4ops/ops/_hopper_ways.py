@@ -13,7 +13,21 @@ from typing import NamedTuple
 import torch
 import triton
 
-__all__ = ["STRIPS", "WAYS", "Cut", "Strips", "Way", "choose", "cut", "decodes", "float32_ways"]
+from ._hopper_plan import SHARED_BYTES, AtOncePlan
+
+__all__ = [
+    "AT_ONCE",
+    "STRIPS",
+    "WAYS",
+    "AtOnce",
+    "Cut",
+    "Strips",
+    "Way",
+    "choose",
+    "cut",
+    "decodes",
+    "float32_ways",
+]
 
 
 class Way(NamedTuple):
@@ -63,6 +77,13 @@ class Strips(NamedTuple):
     """Microseconds a step of 64 along K takes."""
     strip: float
     """Microseconds more for each strip of a program."""
+
+
+class AtOnce(NamedTuple):
+    """A way to cut a product up into strips that fit in shared memory whole; see ``_hopper_plan.AtOncePlan``."""
+
+    BM: int
+    S: int
 
 
 WAYS = (
@@ -126,16 +147,24 @@ def _strips(rows: int, table: dict[tuple[int, int], tuple[int, int]], short: tup
 _FP4 = (*_strips(8, _FP4_STRIPS, (2, 3, 4)), *_strips(16, _FP4_STRIPS, (2, 3, 4)))
 _FP8 = (*_strips(8, _FP8_STRIPS), *_strips(16, _FP8_STRIPS | {(2, 8): (4, 0), (3, 4): (6, 0), (4, 4): (4, 2)}))
 STRIPS = {"nvfp4": _FP4, "mxfp4": _FP4, "mxfp8": _FP8}
+AT_ONCE: tuple[AtOnce, ...] = tuple(AtOnce(rows, S) for rows in (8, 16) for S in (1, 2, 3, 4))
+"""Taken wherever they fit, as nothing else is quicker there, if there is no early start; more strips are not."""
+_MOST_AT_ONCE = {"nvfp4": 160, "mxfp4": 160, "mxfp8": 80}
+"""Strips times steps of a program that takes them at once: more bytes have time to be loaded by stages."""
 _NEXT_PASS = 5.0
 _SUM_START, _SUM_EARLY_START, _SUM_BYTES_PER_US = 1.2, 0.7, 6e6
 
 
-def decodes(way: Way | Strips, fmt: str, k: int) -> bool:
+def decodes(way: Way | Strips | AtOnce, fmt: str, k: int, m: int) -> bool:
     """Whether a product in this way decodes quantised rows of x of k itself; else a kernel before does.
 
     That one takes 1 to 1.5 us. In the product each program decodes all rows, which many weights of MXFP8 hide; those of
     FP4 take as much of the same instructions.
     """
+    if isinstance(way, AtOnce):
+        # For some of x, the other warps of a program wait longer for it to be decoded than a kernel before takes.
+        most = 32768 if way.BM == 8 or fmt == "mxfp8" else 16384
+        return m * k <= most and _room_at_once(way, 4 * triton.cdiv(k, 256), fmt, 1) <= SHARED_BYTES
     if not isinstance(way, Strips):
         return False
     if fmt == "mxfp8":
@@ -146,7 +175,7 @@ def decodes(way: Way | Strips, fmt: str, k: int) -> bool:
 class Cut(NamedTuple):
     """A way with the numbers that follow from the sizes."""
 
-    way: Way | Strips
+    way: Way | Strips | AtOnce
     programs: int
     tiles_m: int
     tiles_n: int
@@ -155,14 +184,17 @@ class Cut(NamedTuple):
     parts: int
     """The most programs that share a tile; 1 if every tile has one of its own."""
     us: float
+    """Predicted; 0 for those that are taken wherever they fit."""
     sum_rows: int = 0
     """Rows of x that a program of the kernel which adds parts up has, of 64 weight rows."""
     sum_early: bool = False
     """It has a program for each multiprocessor at most, and may come early."""
 
 
-def cut(way: Way | Strips, m: int, n: int, k: int, processors: int, fmt: str = "nvfp4") -> Cut | None:
+def cut(way: Way | Strips | AtOnce, m: int, n: int, k: int, processors: int, fmt: str = "nvfp4") -> Cut | None:
     """A product of m rows and a weight of n x k, padded, cut up in a way; None where that can't be."""
+    if isinstance(way, AtOnce):
+        return _cut_at_once(way, n, k, processors, fmt)
     if isinstance(way, Strips):
         return _cut_to_strips(way, n, k, processors)
     trips, rest = divmod(k, 256 * way.KW)
@@ -216,6 +248,19 @@ def _cut_to_strips(way: Strips, n: int, k: int, processors: int) -> Cut | None:
     return Cut(way, programs, 1, programs, steps, 1, us)
 
 
+def _cut_at_once(way: AtOnce, n: int, k: int, processors: int, fmt: str) -> Cut | None:
+    steps, programs = k // 64, triton.cdiv(n, 16 * way.S)
+    if n < 16 * way.S or programs > processors or way.S * steps > _MOST_AT_ONCE[fmt]:
+        return None
+    if _room_at_once(way, steps, fmt, 0) > SHARED_BYTES:
+        return None
+    return Cut(way, programs, 1, programs, steps, 1, 0.0)
+
+
+def _room_at_once(way: AtOnce, steps: int, fmt: str, x_layout: int) -> int:
+    return AtOncePlan(fmt, False, way.BM, way.S, steps, x_layout, 0, 1.0).SHARED_BYTES
+
+
 _COUNTED_TILES = 2048
 
 
@@ -255,6 +300,11 @@ def choose(
     least = next((bm for bm in (8, 16, 32, 64) if m <= bm), 64)
     most = 4 * least if m > 32 else least
     tiles = [way for way in WAYS if least <= way.BM <= most]
+    if whole_steps:
+        at_once = (cut(way, m, n, k, processors, fmt) for way in AT_ONCE if least == way.BM)
+        fits = next((each for each in at_once if each is not None), None)
+        if fits is not None:
+            return fits
     ways: list[Way | Strips] = [*(float32_ways(tiles) if out_dtype == torch.float32 else tiles)]
     if whole_steps:
         ways += [way for way in STRIPS[fmt] if least == way.BM]

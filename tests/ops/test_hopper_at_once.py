@@ -1,0 +1,246 @@
+"""Hopper products that ask for all at once: what the kernel would copy and compute, followed on the CPU."""
+
+from __future__ import annotations
+
+import itertools
+from unittest import mock
+
+import pytest
+import torch
+
+from torch_fp4ops import scale_layouts
+from torch_fp4ops.formats import FORMATS, MXFP8, NVFP4
+from torch_fp4ops.hopper_layout import hopper_size, pack_hopper_weight
+from torch_fp4ops.testing import assert_same_bytes
+
+from .test_hopper import dequantized, storable, values
+from .test_hopper_strips import decoded, decoded_rows, quantized_rows
+from .test_hopper_ways import check_way
+
+pytest.importorskip("triton.experimental.gluon", reason="needs Gluon")
+
+from torch_fp4ops.ops import _hopper_kernels, _hopper_launch
+from torch_fp4ops.ops._hopper_plan import SHARED_BYTES, AtOncePlan
+from torch_fp4ops.ops._hopper_ways import AT_ONCE, AtOnce, choose, cut, decodes
+from torch_fp4ops.ops._triton_dequantize import decoded as decoded_before
+from torch_fp4ops.ops._triton_gemm_launch import Operand
+
+ways = pytest.mark.parametrize("way", AT_ONCE, ids=lambda way: f"{way.BM}x{way.S}")
+formats = pytest.mark.parametrize("fmt", FORMATS.values(), ids=lambda fmt: fmt.name)
+
+
+class Simulated:
+    """In place of ``at_once_kernel``: where it copies from, its division of K among warps and its sums."""
+
+    def __init__(self, fmt):
+        self.fmt = fmt
+
+    def __getitem__(self, grid):
+        return lambda *args, **constants: [self.program(i, *args, **constants) for i in range(*grid)]
+
+    def program(self, i, x, x_scales, x_units, x_cols, codes, scales, out, alpha, m, n, k_steps, **constants):
+        plan = AtOncePlan(**{name: constants[name] for name in AtOncePlan._fields})
+        pieces, words, warps = plan.PLANES, plan.SCALE_WORDS, plan.WARPS
+        rows = torch.zeros(plan.TURNS * warps, plan.BM, 64)
+        if x_scales is None:
+            given = torch.as_strided(x, (m, k_steps, 64), (8 * x_units, 64, 1)).float()
+        else:
+            layout = "128x4" if plan.X_LAYOUT == 1 else "8x4"
+            given = decoded_rows(x, x_scales, x_units, x_cols, layout, m, k_steps, self.fmt).view(m, k_steps, 64)
+        rows[:k_steps, :m] = given.transpose(0, 1)
+        codes, scales = codes.flatten(), scales.flatten()
+        first = min(i * plan.S, n // 16 - plan.S)
+        for strip in range(first, first + plan.S):
+            sums = torch.zeros(warps, 16, plan.BM)
+            for step in range(plan.STEPS):
+                row = strip // 8 * plan.STEPS + step
+                at = row * 1024 * pieces + (strip % 8 // 4 * pieces * 4 + strip % 4) * 128
+                taken = torch.stack([codes[at + 512 * piece :][:128] for piece in range(pieces)])
+                scale = scales[(row * 8 + strip % 8) * words :][:words]
+                w = decoded(taken.expand(4, -1, -1), scale.expand(4, -1), self.fmt)[0]
+                sums[step % warps] += w @ rows[step].T
+            result = sums.sum(0)[:, :m].T * (1 if alpha is None else alpha.reshape(-1, 1))
+            out[:, strip * 16 : strip * 16 + 16] = result
+        # What is decoded there of NVFP4 is 2^-7 of what it stands for, as the weight is.
+        factor = 2.0**7 if self.fmt is NVFP4 else 1.0
+        assert factor ** (1 if x_scales is None else 2) == plan.FACTOR
+
+
+def simulated(fmt):
+    return mock.patch("torch_fp4ops.ops._hopper_at_once.at_once_kernel", Simulated(fmt))
+
+
+@formats
+@pytest.mark.parametrize("s", [1, 2, 3])
+def test_programs_copy_and_multiply_every_strip_once(fmt, s):
+    m, n, k = 3, 250, 704  # twelve steps, one of them padding: the second turn of some warps has none
+    codes, scales = storable(s, n, k, fmt)
+    clean = torch.arange(n) % 3 > 0  # leave rows without NaN
+    scales[clean] = torch.where((scales[clean] & 0x7F) == 0x7F, 0x3F, scales[clean])
+    weight, scale = pack_hopper_weight(codes, scales, fmt)
+    x = values(m, m, k)
+    out = torch.full((m, weight.shape[0]), float("nan"), dtype=torch.float32)
+    alpha = torch.tensor([0.5, 2.0, -1.0])
+    chosen = cut(AtOnce(8, s), m, weight.shape[0], 768, 132, fmt.name)
+    with simulated(fmt):
+        _hopper_launch.multiply(Operand(x), weight, scale, fmt, out, alpha, chosen)
+    w = dequantized(codes, scales, fmt).double()
+    wanted = x.double() @ w.T * alpha.view(-1, 1)
+    size = x.double().abs() @ w.abs().T * alpha.abs().view(-1, 1)
+    nan = wanted.isnan()
+    assert torch.equal(out[:, :n].isnan(), nan) and not nan.all() and not out[:, n:].any()
+    assert ((out[:, :n] - wanted).abs() <= 1e-5 * size + 1e-30)[~nan].all()
+
+
+@formats
+@pytest.mark.parametrize("layout", ["128x4", "8x4"])
+@pytest.mark.parametrize("m", [2, 9])
+def test_programs_read_the_rows_that_they_decode(fmt, layout, m):
+    n, k = 128, 448
+    codes, scales = storable(3, n, k, fmt)
+    scales = torch.where((scales & 0x7F) == 0x7F, 0x3F, scales)
+    weight, scale = pack_hopper_weight(codes, scales, fmt)
+    rows = quantized_rows(m, k, fmt, layout, 4)
+    way = AtOnce(8 if m <= 8 else 16, 2)
+    assert decodes(way, fmt.name, k, m)
+    out = torch.empty(m, n)
+    with simulated(fmt):
+        _hopper_launch.multiply(rows, weight, scale, fmt, out, None, cut(way, m, n, 512, 132, fmt.name))
+    unswizzled = scale_layouts.unswizzle(rows.scales, m, k // fmt.block_size, layout)
+    x, w = dequantized(rows.elements, unswizzled, fmt).double(), dequantized(codes, scales, fmt).double()
+    assert ((out - x @ w.T).abs() <= 1e-5 * (x.abs() @ w.abs().T) + 1e-30).all()
+
+
+def test_one_row_may_have_any_stride():
+    weight, scale = pack_hopper_weight(*storable(0, 128, 256, NVFP4), NVFP4)
+    chosen = cut(AT_ONCE[0], 1, 128, 256, 132)
+    for rows in (Operand(values(0, 1, 256)), quantized_rows(1, 256, NVFP4, "128x4", 1)):
+        elements = rows.elements.new_zeros(3, 261)[:1, : rows.elements.shape[1]]
+        elements.copy_(rows.elements)
+        outs = torch.empty(2, 1, 128, dtype=torch.bfloat16)
+        with simulated(NVFP4):
+            for out, given in zip(outs, (rows, rows._replace(elements=elements)), strict=True):
+                _hopper_launch.multiply(given, weight, scale, NVFP4, out, None, chosen)
+        assert torch.equal(*outs.nan_to_num(nan=7.0))
+
+
+@formats
+@pytest.mark.parametrize("m", [1, 8, 9, 16])
+def test_what_is_chosen_has_room(fmt, m):
+    """Shared memory for all of it, also where rows are decoded there, and a multiprocessor for each program."""
+    chosen = decoding = 0
+    for n, k in itertools.product(range(128, 17000, 128 * 7), range(256, 17000, 256)):
+        way = choose(m, n, k, 132, fmt=fmt.name)
+        if not isinstance(way.way, AtOnce):
+            continue
+        chosen += 1
+        assert way.programs <= 132 and way.programs * way.way.S * 16 >= n
+        for x_layout in (0, 1) if decodes(way.way, fmt.name, k, m) else (0,):
+            plan = _hopper_kernels.at_once_plan(way.way, fmt.name, torch.bfloat16, way.trips, x_layout, 1)
+            assert plan.SHARED_BYTES <= SHARED_BYTES and plan.TURNS * plan.WARPS >= way.trips == k // 64
+            assert plan.KS >= plan.TURNS * plan.WARPS and plan.BM % plan.ROWS == 0
+            decoding += x_layout
+        smaller = [each for each in AT_ONCE if each.BM == way.way.BM and each.S < way.way.S]
+        assert all(cut(each, m, n, k, 132, fmt.name) is None for each in smaller)
+    assert chosen > 50 and 0 < decoding <= chosen
+
+
+def test_small_weights_are_asked_for_at_once():
+    for m, (n, k) in itertools.product((1, 4, 8, 16), ((4096, 4096), (7168, 2048), (1024, 4096))):
+        assert isinstance(choose(m, n, k, 132).way, AtOnce)
+        assert not isinstance(choose(m, n, k, 132, whole_steps=False).way, AtOnce)
+    assert not isinstance(choose(1, 28672, 8192, 132).way, AtOnce)
+    assert not isinstance(choose(17, 4096, 4096, 132).way, AtOnce)
+    assert isinstance(choose(1, 4096, 2048, 132, fmt="mxfp8").way, AtOnce)
+    assert not isinstance(choose(1, 4096, 4096, 132, fmt="mxfp8").way, AtOnce)  # twice the bytes
+
+
+def needs_hopper():
+    if _hopper_launch.unavailable(torch.device("cuda", 0)):
+        pytest.skip("needs compute capability 9.0")
+
+
+@pytest.mark.gpu
+@ways
+@formats
+def test_a_way_is_right_and_always_the_same(fmt, way):
+    """One program and many, whose last one's strips are also the one before's; turns that some warps have no step for."""
+    needs_hopper()
+    checked = 0
+    for m, n, k in (
+        (1, 384, 256),
+        (way.BM, 128 * way.S * 16, 1024),
+        (way.BM - 3, 2048 * way.S - 128, 2304 // way.S // 256 * 256),
+        (way.BM - 7, 1920, 2560),
+    ):
+        chosen = cut(way, m, n, k, 132, fmt.name)
+        if chosen is not None:
+            check_way(chosen, m, n, k, fmt)
+            checked += 1
+    assert checked > 2
+
+
+@pytest.mark.gpu
+@ways
+def test_a_way_is_right_for_other_types(way):
+    needs_hopper()
+    chosen = cut(way, way.BM - 1, 512, 1280, 132)
+    check_way(chosen, way.BM - 1, 512, 1280, NVFP4, torch.float16, torch.float16)
+    check_way(chosen, way.BM - 1, 512, 1280, NVFP4, out_dtype=torch.float32)
+
+
+@pytest.mark.gpu
+@ways
+@formats
+def test_rows_decoded_in_the_product_are_those_decoded_before(fmt, way):
+    """Bit for bit, also where programs are many and calls follow each other; NaN and infinite scales included."""
+    needs_hopper()
+    compared = 0
+    sizes = [(1, 896, 512), (way.BM, 2048 * way.S, 960), (way.BM - 3, 256, 1344), (2, 1024, 4096)]
+    for seed, (m, n, k) in enumerate(sizes):
+        chosen = cut(way, m, n, hopper_size(n, k)[1], 132, fmt.name)
+        if chosen is None or not decodes(way, fmt.name, k, m):
+            continue
+        codes, scales = storable(seed, n, k, fmt)
+        weight, scale = (t.cuda() for t in pack_hopper_weight(codes, scales, fmt))
+        for layout, any_scale in itertools.product(("128x4", "8x4"), (False, True)):
+            rows = quantized_rows(m, k, fmt, layout, seed, "cuda", any_scale)
+            outs = [torch.full((m, weight.shape[0]), 7.0, device="cuda") for _ in range(4)]
+            for i, out in enumerate(outs):
+                a = rows if i < 3 else Operand(decoded_before(rows, torch.bfloat16))
+                _hopper_launch.multiply(a, weight, scale, fmt, out, None, chosen)
+            for out in outs[:3]:
+                assert_same_bytes(out.nan_to_num(nan=12345.0), outs[3].nan_to_num(nan=12345.0))
+            compared += 1
+    assert compared
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fmt", [NVFP4, MXFP8], ids=lambda fmt: fmt.name)
+def test_products_on_several_streams_at_once(fmt):
+    """Nothing is shared but the arguments: not between streams, nor between ways that follow each other on one."""
+    needs_hopper()
+    sizes = [(1, 4096, 2048), (16, 2048, 2048), (5, 1024, 4096), (48, 4096, 4096), (200, 1024, 2048)]
+    cases = []
+    for seed, (m, n, k) in enumerate(sizes):
+        weight, scale = (t.cuda() for t in pack_hopper_weight(*storable(seed, n, k, fmt), fmt))
+        cases.append((quantized_rows(m, k, fmt, "128x4", seed, "cuda"), weight, scale, (m, n)))
+
+    def products():
+        outs = [torch.full(size, 7.0, device="cuda", dtype=torch.bfloat16) for *_, size in cases]
+        for (rows, weight, scale, _), out in zip(cases, outs, strict=True):
+            _hopper_launch.product(rows, weight, scale, fmt, out, None)
+        return outs
+
+    wanted = [out.nan_to_num(nan=12345.0) for out in products()]
+    streams = [torch.cuda.Stream() for _ in range(4)]
+    torch.cuda.synchronize()
+    got = []
+    for _ in range(20):
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                got.append(products())
+    torch.cuda.synchronize()
+    for outs in got:
+        for out, want in zip(outs, wanted, strict=True):
+            assert_same_bytes(out.nan_to_num(nan=12345.0), want)
