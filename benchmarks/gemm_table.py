@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import functools
 import math
+import os
 import shlex
 import sys
 import time
@@ -238,10 +239,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _measure_all(options: argparse.Namespace, command: str) -> list[Row]:
     started = time.monotonic()
     device = torch.device("cuda")
+    if options.plain:
+        from torch_fp4ops.ops._triton_launch import EARLY_START_VARIABLE
+
+        os.environ[EARLY_START_VARIABLE] = "0"
     floor = timing.Ceilings(options.tbps * 1e3, options.tflops, 0.0)
     facts = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "command": command}
     effort = replace(timing.QUICK, replay_us=options.replay_us)
-    one = torch.zeros(1, device=device)
+    one = torch.zeros(1, device=device if options.neighbour else "cpu")
     alone = timing.time_calls([lambda: one.add_(1.0)] * timing.MOST_CALLS, device).us if options.neighbour else 0.0
 
     def timer(calls: timing.Calls) -> Callable[[], float]:
@@ -305,6 +310,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--replay-us", type=float, default=timing.QUICK.replay_us, help="of one replay of a short call")
     neighbour = "put a plain kernel of one element between calls, and take its time alone off"
     parser.add_argument("--neighbour", action="store_true", help=neighbour)
+    parser.add_argument("--plain", action="store_true", help="without early starts: every call is plain graph nodes")
     parser.add_argument("--csv", metavar="FILE", help="write the rows, each as soon as it is there")
     parser.add_argument("--plot", metavar="DIR", help="draw maps of the speed-ups (needs matplotlib)")
     parser.add_argument("--from", dest="rows_from", metavar="FILE", help="take the rows of an earlier --csv")

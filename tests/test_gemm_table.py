@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import replace
 
 import pytest
@@ -148,6 +149,16 @@ def test_without_a_gpu_it_says_so(capsys, monkeypatch):
     with pytest.raises(SystemExit):
         gemm_table.main(["--ops", "mm_fp8"])
     assert "allowed: mm_bf16_fp4" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("more", "value"), [([], "1"), (["--plain"], "0")])
+def test_plain_nodes_have_no_early_starts(monkeypatch, more, value):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(gemm_table, "measure", lambda *_: iter(()))
+    monkeypatch.setattr(gemm_table.timing, "free_memory", lambda _: None)
+    monkeypatch.setenv("TORCH_FP4OPS_EARLY_START", "1")
+    assert gemm_table._measure_all(gemm_table._parser().parse_args(more), "") == []
+    assert os.environ["TORCH_FP4OPS_EARLY_START"] == value
 
 
 @pytest.mark.gpu
