@@ -41,6 +41,12 @@ def _wait_for_own(LATER: gl.constexpr):
     gl.inline_asm_elementwise(_wait_asm(LATER), "=r", [], dtype=gl.int32, is_pure=False, pack=1)
 
 
+@gluon.jit
+def _keep_in_order():
+    """So that ptxas moves no load behind the copies that follow."""
+    gl.inline_asm_elementwise("bar.warp.sync -1; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
 @gluon.constexpr_function
 def _scales_layout(turns, warps, words):
     """``[warps * turns, 1, words]``: 16 bytes a thread, and each warp its own steps."""
@@ -109,8 +115,6 @@ def _load_all_rows(x, x_scales, x_units, x_cols, M, K_STEPS, C: gl.constexpr):
     for i in gl.static_range(0, BM, ROWS):
         loaded = load_rows(x, x_scales, x_units, x_cols, M, K_STEPS, 0, i, C)
         held = held + (loaded,)  # type: ignore[assignment]  # noqa: RUF005
-    # Without it ptxas moves the loads behind the copies of weights, where they take 1.5 us longer.
-    gl.inline_asm_elementwise("bar.warp.sync -1; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
     return held
 
 
@@ -148,9 +152,14 @@ def at_once_kernel(
     wait_for_previous()
     let_next_start()
     first = first_strip(N, S)
+    # What goes to registers comes first: behind the copies it would arrive with the last of them, 1.5 us later.
+    SUM: gl.constexpr = gl.BlockedLayout([WARPS, 1, BM // 8], [1, 4, 8], [1, WARPS, 1], [2, 1, 0])
+    m = gl.arange(0, BM, gl.SliceLayout(0, gl.SliceLayout(0, SUM)))
+    factor = row_factors(m, alpha, M, C)
     held = ()
-    if X_LAYOUT > 0:  # first, for they are to be decoded while weights arrive
+    if X_LAYOUT > 0:
         held = _load_all_rows(x, x_scales, x_units, x_cols, M, K_STEPS, C)
+    _keep_in_order()
     words = ()
     for i in gl.static_range(S):
         words = words + (_copy_scales(scales, first + i, C),)  # type: ignore[assignment]  # noqa: RUF005
@@ -167,9 +176,6 @@ def at_once_kernel(
         place = _decode_all_rows(held, M, C).permute((0, 2, 1))
         for t in gl.static_range(TURNS):
             rows = rows + (place.slice(t * WARPS, WARPS, dim=0),)  # type: ignore[assignment]  # noqa: RUF005
-    SUM: gl.constexpr = gl.BlockedLayout([WARPS, 1, BM // 8], [1, 4, 8], [1, WARPS, 1], [2, 1, 0])
-    m = gl.arange(0, BM, gl.SliceLayout(0, gl.SliceLayout(0, SUM)))
-    factor = row_factors(m, alpha, M, C)
     accs = ()
     for _ in gl.static_range(S):
         accs = accs + (gl.zeros([WARPS, 16, BM], gl.float32, ACC),)  # type: ignore[assignment]  # noqa: RUF005
