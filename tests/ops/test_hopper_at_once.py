@@ -10,11 +10,11 @@ import torch
 
 from torch_fp4ops import scale_layouts
 from torch_fp4ops.formats import FORMATS, MXFP8, NVFP4
-from torch_fp4ops.hopper_layout import hopper_size, pack_hopper_weight
+from torch_fp4ops.hopper_layout import pack_hopper_weight
 from torch_fp4ops.testing import assert_same_bytes
 
 from .test_hopper import dequantized, storable, values
-from .test_hopper_strips import decoded, decoded_rows, quantized_rows
+from .test_hopper_strips import check_decoded_rows, decoded, decoded_rows, quantized_rows
 from .test_hopper_ways import check_way
 
 pytest.importorskip("triton.experimental.gluon", reason="needs Gluon")
@@ -22,7 +22,6 @@ pytest.importorskip("triton.experimental.gluon", reason="needs Gluon")
 from torch_fp4ops.ops import _hopper_kernels, _hopper_launch
 from torch_fp4ops.ops._hopper_plan import SHARED_BYTES, AtOncePlan
 from torch_fp4ops.ops._hopper_ways import AT_ONCE, AtOnce, choose, cut, decodes
-from torch_fp4ops.ops._triton_dequantize import decoded as decoded_before
 from torch_fp4ops.ops._triton_gemm_launch import Operand
 
 ways = pytest.mark.parametrize("way", AT_ONCE, ids=lambda way: f"{way.BM}x{way.S}")
@@ -195,24 +194,8 @@ def test_a_way_is_right_for_other_types(way):
 def test_rows_decoded_in_the_product_are_those_decoded_before(fmt, way):
     """Bit for bit, also where programs are many and calls follow each other; NaN and infinite scales included."""
     needs_hopper()
-    compared = 0
     sizes = [(1, 896, 512), (way.BM, 2048 * way.S, 960), (way.BM - 3, 256, 1344), (2, 1024, 4096)]
-    for seed, (m, n, k) in enumerate(sizes):
-        chosen = cut(way, m, n, hopper_size(n, k)[1], 132, fmt.name)
-        if chosen is None or not decodes(way, fmt.name, k, m):
-            continue
-        codes, scales = storable(seed, n, k, fmt)
-        weight, scale = (t.cuda() for t in pack_hopper_weight(codes, scales, fmt))
-        for layout, any_scale in itertools.product(("128x4", "8x4"), (False, True)):
-            rows = quantized_rows(m, k, fmt, layout, seed, "cuda", any_scale)
-            outs = [torch.full((m, weight.shape[0]), 7.0, device="cuda") for _ in range(4)]
-            for i, out in enumerate(outs):
-                a = rows if i < 3 else Operand(decoded_before(rows, torch.bfloat16))
-                _hopper_launch.multiply(a, weight, scale, fmt, out, None, chosen)
-            for out in outs[:3]:
-                assert_same_bytes(out.nan_to_num(nan=12345.0), outs[3].nan_to_num(nan=12345.0))
-            compared += 1
-    assert compared
+    check_decoded_rows(fmt, way, sizes)
 
 
 @pytest.mark.gpu
