@@ -236,6 +236,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     return int(bool(wrong))
 
 
+def _timer(options: argparse.Namespace, device: torch.device) -> Timer:
+    effort = replace(timing.QUICK, replay_us=options.replay_us)
+    if not options.neighbour:
+
+        def of_calls(calls: timing.Calls) -> Callable[[], float]:
+            measured = timing.timer_of(calls, device, effort)
+            return lambda: measured().us
+
+        return of_calls
+    one = torch.zeros(1, device=device)
+    alone = timing.time_calls([lambda: one.add_(1.0)] * timing.MOST_CALLS, device).us
+
+    def of_pairs(calls: timing.Calls) -> Callable[[], float]:
+        pairs = [each for call in calls for each in (call, lambda: one.add_(1.0))]
+        both = timing.timer_of(pairs, device, effort)
+        return lambda: 2 * both().us - alone
+
+    return of_pairs
+
+
 def _measure_all(options: argparse.Namespace, command: str) -> list[Row]:
     started = time.monotonic()
     device = torch.device("cuda")
@@ -245,18 +265,7 @@ def _measure_all(options: argparse.Namespace, command: str) -> list[Row]:
         os.environ[EARLY_START_VARIABLE] = "0"
     floor = timing.Ceilings(options.tbps * 1e3, options.tflops, 0.0)
     facts = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "command": command}
-    effort = replace(timing.QUICK, replay_us=options.replay_us)
-    one = torch.zeros(1, device=device if options.neighbour else "cpu")
-    alone = timing.time_calls([lambda: one.add_(1.0)] * timing.MOST_CALLS, device).us if options.neighbour else 0.0
-
-    def timer(calls: timing.Calls) -> Callable[[], float]:
-        if not options.neighbour:
-            measured = timing.timer_of(calls, device, effort)
-            return lambda: measured().us
-        pairs = [each for call in calls for each in (call, lambda: one.add_(1.0))]
-        both = timing.timer_of(pairs, device, effort)
-        return lambda: 2 * both().us - alone
-
+    timer = _timer(options, device)
     chosen = [s for s in shapes.GEMM_TABLE if not options.weights or f"{s[0]}x{s[1]}" in options.weights]
     for rival in peers.WEIGHT_ONLY:
         print(f"{rival.name}: {rival.what}")

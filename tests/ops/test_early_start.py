@@ -22,6 +22,7 @@ from torch_fp4ops.testing.samples import values
 
 from .test_every_op import tensors
 from .test_hopper_strips import quantized_rows
+from .test_hopper_ways import needs_hopper
 from .test_on_gpu import CASES, able, call, gpu_samples
 
 pytestmark = pytest.mark.gpu
@@ -122,8 +123,7 @@ PRODUCTS += [(MXFP8, way) for way in (*WAYS[-7::3], *STRIPS["mxfp8"][2::4], *AT_
 @pytest.mark.parametrize(("fmt", "way"), PRODUCTS, ids=str)
 @pytest.mark.parametrize("quantized", [False, True])
 def test_products_wait_however_they_are_cut_up(fmt, way, quantized):
-    if _hopper_launch.unavailable(torch.device("cuda", 0)):
-        pytest.skip("needs compute capability 9.0")
+    needs_hopper()
     m, n, k = 2 * way.BM if isinstance(way, Way) else way.BM, 896, 1024 if isinstance(way, AtOnce) else 4096
     chosen = cut(way, m, n, k, torch.cuda.get_device_properties(0).multi_processor_count, fmt.name)
     if chosen is None:

@@ -8,21 +8,27 @@ from unittest import mock
 import pytest
 import torch
 
-from torch_fp4ops import scale_layouts
 from torch_fp4ops.formats import FORMATS, MXFP8, NVFP4
 from torch_fp4ops.hopper_layout import pack_hopper_weight
 from torch_fp4ops.testing import assert_same_bytes
 
-from .test_hopper import dequantized, storable, values
-from .test_hopper_strips import check_decoded_rows, decoded, decoded_rows, quantized_rows
-from .test_hopper_ways import check_way
+from .test_hopper import storable
+from .test_hopper_strips import (
+    check_any_stride,
+    check_decoded_rows,
+    check_every_strip,
+    check_rows_are_read,
+    decoded,
+    decoded_rows,
+    quantized_rows,
+)
+from .test_hopper_ways import check_way, needs_hopper
 
 pytest.importorskip("triton.experimental.gluon", reason="needs Gluon")
 
 from torch_fp4ops.ops import _hopper_kernels, _hopper_launch
 from torch_fp4ops.ops._hopper_plan import SHARED_BYTES, AtOncePlan
 from torch_fp4ops.ops._hopper_ways import AT_ONCE, AtOnce, choose, cut, decodes
-from torch_fp4ops.ops._triton_gemm_launch import Operand
 
 ways = pytest.mark.parametrize("way", AT_ONCE, ids=lambda way: f"{way.BM}x{way.S}")
 formats = pytest.mark.parametrize("fmt", FORMATS.values(), ids=lambda fmt: fmt.name)
@@ -72,55 +78,22 @@ def simulated(fmt):
 @formats
 @pytest.mark.parametrize("s", [1, 2, 3])
 def test_programs_copy_and_multiply_every_strip_once(fmt, s):
-    m, n, k = 3, 250, 704  # twelve steps, one of them padding: the second turn of some warps has none
-    codes, scales = storable(s, n, k, fmt)
-    clean = torch.arange(n) % 3 > 0  # leave rows without NaN
-    scales[clean] = torch.where((scales[clean] & 0x7F) == 0x7F, 0x3F, scales[clean])
-    weight, scale = pack_hopper_weight(codes, scales, fmt)
-    x = values(m, m, k)
-    out = torch.full((m, weight.shape[0]), float("nan"), dtype=torch.float32)
-    alpha = torch.tensor([0.5, 2.0, -1.0])
-    chosen = cut(AtOnce(8, s), m, weight.shape[0], 768, 132, fmt.name)
     with simulated(fmt):
-        _hopper_launch.multiply(Operand(x), weight, scale, fmt, out, alpha, chosen)
-    w = dequantized(codes, scales, fmt).double()
-    wanted = x.double() @ w.T * alpha.view(-1, 1)
-    size = x.double().abs() @ w.abs().T * alpha.abs().view(-1, 1)
-    nan = wanted.isnan()
-    assert torch.equal(out[:, :n].isnan(), nan) and not nan.all() and not out[:, n:].any()
-    assert ((out[:, :n] - wanted).abs() <= 1e-5 * size + 1e-30)[~nan].all()
+        # Twelve steps, one of them padding: the second turn of some warps has none.
+        check_every_strip(fmt, AtOnce(8, s), 704, s)
 
 
 @formats
 @pytest.mark.parametrize("layout", ["128x4", "8x4"])
 @pytest.mark.parametrize("m", [2, 9])
 def test_programs_read_the_rows_that_they_decode(fmt, layout, m):
-    n, k = 128, 448
-    codes, scales = storable(3, n, k, fmt)
-    scales = torch.where((scales & 0x7F) == 0x7F, 0x3F, scales)
-    weight, scale = pack_hopper_weight(codes, scales, fmt)
-    rows = quantized_rows(m, k, fmt, layout, 4)
-    way = AtOnce(8 if m <= 8 else 16, 2)
-    assert decodes(way, fmt.name, k, m)
-    out = torch.empty(m, n)
     with simulated(fmt):
-        _hopper_launch.multiply(rows, weight, scale, fmt, out, None, cut(way, m, n, 512, 132, fmt.name))
-    unswizzled = scale_layouts.unswizzle(rows.scales, m, k // fmt.block_size, layout)
-    x, w = dequantized(rows.elements, unswizzled, fmt).double(), dequantized(codes, scales, fmt).double()
-    assert ((out - x @ w.T).abs() <= 1e-5 * (x.abs() @ w.abs().T) + 1e-30).all()
+        check_rows_are_read(fmt, AtOnce(8 if m <= 8 else 16, 2), m, layout)
 
 
 def test_one_row_may_have_any_stride():
-    weight, scale = pack_hopper_weight(*storable(0, 128, 256, NVFP4), NVFP4)
-    chosen = cut(AT_ONCE[0], 1, 128, 256, 132)
-    for rows in (Operand(values(0, 1, 256)), quantized_rows(1, 256, NVFP4, "128x4", 1)):
-        elements = rows.elements.new_zeros(3, 261)[:1, : rows.elements.shape[1]]
-        elements.copy_(rows.elements)
-        outs = torch.empty(2, 1, 128, dtype=torch.bfloat16)
-        with simulated(NVFP4):
-            for out, given in zip(outs, (rows, rows._replace(elements=elements)), strict=True):
-                _hopper_launch.multiply(given, weight, scale, NVFP4, out, None, chosen)
-        assert torch.equal(*outs.nan_to_num(nan=7.0))
+    with simulated(NVFP4):
+        check_any_stride(AT_ONCE[0])
 
 
 @formats
@@ -152,11 +125,6 @@ def test_small_weights_are_asked_for_at_once():
     assert not isinstance(choose(17, 4096, 4096, 132).way, AtOnce)
     assert isinstance(choose(1, 4096, 2048, 132, fmt="mxfp8").way, AtOnce)
     assert not isinstance(choose(1, 4096, 4096, 132, fmt="mxfp8").way, AtOnce)  # twice the bytes
-
-
-def needs_hopper():
-    if _hopper_launch.unavailable(torch.device("cuda", 0)):
-        pytest.skip("needs compute capability 9.0")
 
 
 @pytest.mark.gpu

@@ -15,7 +15,7 @@ from torch_fp4ops.hopper_layout import hopper_size, pack_hopper_weight, unpack_h
 from torch_fp4ops.testing import assert_same_bytes
 
 from .test_hopper import dequantized, storable, values
-from .test_hopper_ways import check_way
+from .test_hopper_ways import check_way, needs_hopper
 
 pytest.importorskip("triton.experimental.gluon", reason="needs Gluon")
 
@@ -103,22 +103,32 @@ class Simulated:
         out[:, first * 16 : (first + s) * 16] = result
 
 
+def simulated(fmt):
+    return mock.patch("torch_fp4ops.ops._hopper_strips.strips_kernel", Simulated(fmt))
+
+
 @pytest.mark.parametrize("fmt", [NVFP4, MXFP4, MXFP8], ids=lambda fmt: fmt.name)
 @pytest.mark.parametrize(
     ("s", "ks", "own"), [(1, 4, 0), (2, 8, 0), (2, 8, 2), (3, 4, 0), (4, 4, 0), (14, 4, 3), (6, 8, 3)]
 )
 def test_programs_load_and_multiply_every_strip_once(fmt, s, ks, own):
-    m, n, k = 3, 250, 448
-    codes, scales = storable(s, n, k, fmt)
+    way = Strips(8, s, ks, 3 if own else 4, own, start=4.0, step=0.004, strip=0.02)
+    with simulated(fmt):
+        check_every_strip(fmt, way, 448, s)
+
+
+def check_every_strip(fmt, way, k, seed):
+    """With K that is no multiple of 256, and NaN."""
+    m, n = 3, 250
+    codes, scales = storable(seed, n, k, fmt)
     clean = torch.arange(n) % 3 > 0  # leave rows without NaN
     scales[clean] = torch.where((scales[clean] & 0x7F) == 0x7F, 0x3F, scales[clean])
     weight, scale = pack_hopper_weight(codes, scales, fmt)
     x = values(m, m, k)
     out = torch.full((m, weight.shape[0]), float("nan"), dtype=torch.float32)
     alpha = torch.tensor([0.5, 2.0, -1.0])
-    way = Strips(8, s, ks, 3 if own else 4, own, start=4.0, step=0.004, strip=0.02)
-    with mock.patch("torch_fp4ops.ops._hopper_strips.strips_kernel", Simulated(fmt)):
-        _hopper_launch.multiply(Operand(x), weight, scale, fmt, out, alpha, cut(way, m, weight.shape[0], 512, 132))
+    chosen = cut(way, m, *hopper_size(n, k), 132, fmt.name)
+    _hopper_launch.multiply(Operand(x), weight, scale, fmt, out, alpha, chosen)
     w = dequantized(codes, scales, fmt).double()
     wanted = x.double() @ w.T * alpha.view(-1, 1)
     size = x.double().abs() @ w.abs().T * alpha.abs().view(-1, 1)
@@ -146,16 +156,19 @@ def quantized_rows(m, k, fmt, layout, seed, device="cpu", any_scale=False):
 )
 @pytest.mark.parametrize("layout", ["128x4", "8x4"])
 def test_programs_read_the_rows_that_they_decode(fmt, m, cut_up, layout):
+    with simulated(fmt):
+        check_rows_are_read(fmt, Strips(*cut_up, start=4.0, step=0.004, strip=0.02), m, layout)
+
+
+def check_rows_are_read(fmt, way, m, layout):
     n, k = 128, 448
     codes, scales = storable(3, n, k, fmt)
     scales = torch.where((scales & 0x7F) == 0x7F, 0x3F, scales)
     weight, scale = pack_hopper_weight(codes, scales, fmt)
     rows = quantized_rows(m, k, fmt, layout, 4)
-    way = Strips(*cut_up, start=4.0, step=0.004, strip=0.02)
     assert decodes(way, fmt.name, k, m)
     out = torch.empty(m, n)
-    with mock.patch("torch_fp4ops.ops._hopper_strips.strips_kernel", Simulated(fmt)):
-        _hopper_launch.multiply(rows, weight, scale, fmt, out, None, cut(way, m, n, 512, 132))
+    _hopper_launch.multiply(rows, weight, scale, fmt, out, None, cut(way, m, n, 512, 132, fmt.name))
     unswizzled = scale_layouts.unswizzle(rows.scales, m, k // fmt.block_size, layout)
     x, w = dequantized(rows.elements, unswizzled, fmt).double(), dequantized(codes, scales, fmt).double()
     wanted = x @ w.T
@@ -167,8 +180,7 @@ def test_programs_read_the_rows_that_they_decode(fmt, m, cut_up, layout):
 @formats_and_ways
 def test_rows_decoded_in_the_product_are_those_decoded_before(fmt, way):
     """Bit for bit, also where programs are many and calls follow each other; NaN and infinite scales included."""
-    if _hopper_launch.unavailable(torch.device("cuda", 0)):
-        pytest.skip("needs compute capability 9.0")
+    needs_hopper()
     if not decodes(way, fmt.name, 512, 1):
         pytest.skip("rows are decoded before")
     check_decoded_rows(fmt, way, [(1, 896, 512), (way.BM, 2048 * way.S, 1088), (way.BM - 3, 256, 4096)])
@@ -196,16 +208,20 @@ def check_decoded_rows(fmt, way, sizes):
 
 
 def test_one_row_may_have_any_stride():
+    with simulated(NVFP4):
+        check_any_stride(STRIPS["nvfp4"][1])
+
+
+def check_any_stride(way):
     """A slice of one row keeps the stride of its rows; TMA takes those of whole 16 bytes, a view as words whole words."""
     weight, scale = pack_hopper_weight(*storable(0, 128, 256, NVFP4), NVFP4)
-    chosen = cut(STRIPS["nvfp4"][1], 1, 128, 256, 132)
+    chosen = cut(way, 1, 128, 256, 132)
     for rows in (Operand(values(0, 1, 256)), quantized_rows(1, 256, NVFP4, "128x4", 1)):
         elements = rows.elements.new_zeros(3, 261)[:1, : rows.elements.shape[1]]
         elements.copy_(rows.elements)
         outs = torch.empty(2, 1, 128, dtype=torch.bfloat16)
-        with mock.patch("torch_fp4ops.ops._hopper_strips.strips_kernel", Simulated(NVFP4)):
-            for out, given in zip(outs, (rows, rows._replace(elements=elements)), strict=True):
-                _hopper_launch.multiply(given, weight, scale, NVFP4, out, None, chosen)
+        for out, given in zip(outs, (rows, rows._replace(elements=elements)), strict=True):
+            _hopper_launch.multiply(given, weight, scale, NVFP4, out, None, chosen)
         assert torch.equal(*outs.nan_to_num(nan=7.0))
 
 
@@ -267,8 +283,7 @@ def test_stages_are_short_where_k_is(fmt, m):
 @formats_and_ways
 def test_a_way_by_strips_is_right_and_always_the_same(fmt, way):
     """Few programs and many, whose last one's strips are also the one before's, and fewer steps than the ring holds."""
-    if _hopper_launch.unavailable(torch.device("cuda", 0)):
-        pytest.skip("needs compute capability 9.0")
+    needs_hopper()
     checked = 0
     for m, n, k in (
         (1, 384, 512),

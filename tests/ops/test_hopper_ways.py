@@ -26,6 +26,11 @@ def name_of(way: Way) -> str:
     return f"{way.BM}x{way.rows}x{way.KS}-{way.KW}-{way.STAGES}-{way.AHEAD}{flags}-{way.RESIDENT}"
 
 
+def needs_hopper() -> None:
+    if _hopper_launch.unavailable(torch.device("cuda", 0)):
+        pytest.skip("needs compute capability 9.0")
+
+
 ways = pytest.mark.parametrize("way", WAYS, ids=name_of)
 formats = pytest.mark.parametrize("fmt", FORMATS.values(), ids=lambda fmt: fmt.name)
 
@@ -95,8 +100,7 @@ def test_what_comes_early_to_add_parts_up_has_a_multiprocessor_each(processors):
 @ways
 @formats
 def test_a_way_is_right_and_always_the_same(way, fmt):
-    if _hopper_launch.unavailable(torch.device("cuda", 0)):
-        pytest.skip("needs compute capability 9.0")
+    needs_hopper()
     processors = torch.cuda.get_device_properties(0).multi_processor_count
     trip = 256 * way.KW
     rows_of_all = 5 * processors * way.RESIDENT * way.rows // 2 // 256 * 256
@@ -120,8 +124,7 @@ def test_a_way_is_right_and_always_the_same(way, fmt):
 @pytest.mark.gpu
 @ways
 def test_a_way_is_right_for_other_types(way):
-    if _hopper_launch.unavailable(torch.device("cuda", 0)):
-        pytest.skip("needs compute capability 9.0")
+    needs_hopper()
     m, n, k = way.BM + 5, 512, 512 * way.KW
     chosen = cut(way, m, n, k, torch.cuda.get_device_properties(0).multi_processor_count)
     assert chosen is not None

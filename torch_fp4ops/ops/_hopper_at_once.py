@@ -67,7 +67,8 @@ def _copy_scales(scales, strip, C: gl.constexpr):
     word = gl.arange(0, W, gl.SliceLayout(0, gl.SliceLayout(1, L)))[None, None, :]
     to = gl.allocate_shared_memory(gl.int32, [STEPS, 1, W], gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0]))
     at = scales + (strip // 8 * C.STEPS * (8 * W) + strip % 8 * W)
-    copy_async(to, at + (step * (8 * W) + word), mask=(step < C.STEPS) & (word < W))
+    there, at = gl.broadcast(step < C.STEPS, at + (step * (8 * W) + word))
+    copy_async(to, at, mask=there)
     return to
 
 
@@ -87,7 +88,8 @@ def _copy_codes(codes, strip, turn: gl.constexpr, C: gl.constexpr):
     if (turn + 1) * WARPS <= C.STEPS:
         copy_async(to, at)
     else:
-        copy_async(to, at, mask=(step < C.STEPS - turn * WARPS) & (plane < P) & (word < 128))
+        there, at = gl.broadcast(step < C.STEPS - turn * WARPS, at)
+        copy_async(to, at, mask=there)
     return to
 
 
@@ -101,8 +103,10 @@ def _copy_rows(x, x_units, M, K_STEPS, turn, C: gl.constexpr):
     element = gl.arange(0, 64, gl.SliceLayout(0, gl.SliceLayout(1, L)))[None, None, :]
     TYPE: gl.constexpr = gl.float16 if C.HALF else gl.bfloat16
     to = gl.allocate_shared_memory(TYPE, [WARPS, C.BM, 64], gl.SwizzledSharedLayout(8, 1, 8, [2, 1, 0]))
-    there = (step + turn * WARPS < K_STEPS) & (row < M) & (element < 64)
-    copy_async(to, x + turn * WARPS * 64 + (row.to(gl.int64) * (x_units * 8) + step * 64 + element), mask=there)
+    there = (step + turn * WARPS < K_STEPS) & (row < M)
+    at = x + turn * WARPS * 64 + (row.to(gl.int64) * (x_units * 8) + step * 64 + element)
+    there, at = gl.broadcast(there, at)
+    copy_async(to, at, mask=there)
     return to
 
 
@@ -160,17 +164,17 @@ def at_once_kernel(
     if X_LAYOUT > 0:
         held = _load_all_rows(x, x_scales, x_units, x_cols, M, K_STEPS, C)
     _keep_in_order()
-    words = ()
+    scales_of = ()
     for i in gl.static_range(S):
-        words = words + (_copy_scales(scales, first + i, C),)  # type: ignore[assignment]  # noqa: RUF005
+        scales_of = scales_of + (_copy_scales(scales, first + i, C),)  # type: ignore[assignment]  # noqa: RUF005
     rows = ()
-    bytes_of = ()
+    codes_of = ()
     for t in gl.static_range(TURNS):
         if X_LAYOUT == 0:
             place = _copy_rows(x, x_units, M, K_STEPS, t, C).permute((0, 2, 1))
             rows = rows + (place,)  # type: ignore[assignment]  # noqa: RUF005
         for i in gl.static_range(S):
-            bytes_of = bytes_of + (_copy_codes(codes, first + i, t, C),)  # type: ignore[assignment]  # noqa: RUF005
+            codes_of = codes_of + (_copy_codes(codes, first + i, t, C),)  # type: ignore[assignment]  # noqa: RUF005
         async_copy.commit_group()
     if X_LAYOUT > 0:
         place = _decode_all_rows(held, M, C).permute((0, 2, 1))
@@ -184,7 +188,7 @@ def at_once_kernel(
         right = rows[t].load(RIGHT)  # type: ignore[var-annotated]
         sums = ()
         for i in gl.static_range(S):
-            w = decode_strip(bytes_of[t * S + i], words[i].slice(t * WARPS, WARPS, dim=0), LEFT, FMT, HALF)
+            w = decode_strip(codes_of[t * S + i], scales_of[i].slice(t * WARPS, WARPS, dim=0), LEFT, FMT, HALF)
             sums = sums + (mma_v2(w, right, accs[i]),)  # noqa: RUF005
         accs = sums
     # Two strips at a time, if there are: that is one barrier for both.

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 import triton
 
+from ..hopper_layout import hopper_size
 from ._hopper_plan import SHARED_BYTES, AtOncePlan
 
 __all__ = [
@@ -164,7 +165,7 @@ def decodes(way: Way | Strips | AtOnce, fmt: str, k: int, m: int) -> bool:
     if isinstance(way, AtOnce):
         # For some of x, the other warps of a program wait longer for it to be decoded than a kernel before takes.
         most = 32768 if way.BM == 8 or fmt == "mxfp8" else 16384
-        return m * k <= most and _room_at_once(way, 4 * triton.cdiv(k, 256), fmt, 1) <= SHARED_BYTES
+        return m * k <= most and _room_at_once(way, hopper_size(0, k)[1] // 64, fmt, 1) <= SHARED_BYTES
     if not isinstance(way, Strips):
         return False
     if fmt == "mxfp8":
