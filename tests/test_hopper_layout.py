@@ -66,7 +66,13 @@ def test_bits_lie_where_the_layout_says(fmt):
     codes, scales = random_weight(n, k, fmt)
     weight, scale = (t.flatten().tolist() for t in pack_hopper_weight(codes, scales, fmt))
     elements = (codes if fmt is MXFP8 else unpack_e2m1(codes)).tolist()
-    fp4 = {(0, 0): (15, 8, 7, 6), (1, 0): (12, 5, 4, 3), (0, 1): (9, 2, 1, 0), (1, 1): (14, 11, 10, 13)}  # (k3, n3)
+    # By (k3, n3), of words of even and of odd i; 32 and more is in the odd one.
+    fp4 = {
+        (0, 0): ((15, 8, 7, 6), (47, 40, 39, 38)),
+        (1, 0): ((21, 14, 13, 12), (53, 46, 45, 44)),
+        (0, 1): ((9, 2, 1, 0), (41, 34, 33, 32)),
+        (1, 1): ((19, 42, 11, 10), (43, 36, 35, 4)),
+    }
     fp8 = ((15, 10, 9, 8, 7, 6, 5, 4), (11, 14, 13, 12, 3, 2, 1, 0))
     generator = torch.Generator().manual_seed(1)
     for r, c in torch.stack([torch.randint(0, top, (4000,), generator=generator) for top in (n, k)], 1).tolist():
@@ -77,9 +83,9 @@ def test_bits_lie_where_the_layout_says(fmt):
             word = (((((piece * 2 + i // 2) * 4 + w) * 8 + g) * 4 + t) * 2 + i % 2) * 2 + n3
             places = fp8[k3]
         else:
-            word = (((piece * 4 + w) * 8 + g) * 4 + t) * 4 + i
-            places = fp4[k3, n3]
-        bits = [bit_of(weight, word, 16 * k0 + place) for place in places]
+            word = (((piece * 4 + w) * 8 + g) * 4 + t) * 4 + i // 2 * 2
+            places = fp4[k3, n3][i % 2]
+        bits = [bit_of(weight, word + place // 32, place % 32 ^ 16 * k0) for place in places]
         assert sum(bit << len(bits) - 1 - j for j, bit in enumerate(bits)) == elements[r][c]
         thread = (piece * 4 + w) * 8 + g
         if fmt is NVFP4:

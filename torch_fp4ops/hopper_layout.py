@@ -1,7 +1,7 @@
 """The layout "hopper": a weight and its scales as the GEMM of compute capability 9.0 reads them.
 
-The kernel decodes codes in registers to the 16-bit values that the tensor cores take. So the 4 bytes that a thread
-reads at once are codes of its own elements, and their bits are placed so that a shift and a mask make a pair of values.
+The kernel decodes codes in registers to the 16-bit values that the tensor cores take. So what a thread reads at once
+are codes of its own elements, and their bits are placed so that a rotation and a mask make a pair of values.
 
 Element (r, c) of a weight ``[n, k]``, padded with zeros to ``[round_up(n, 128), round_up(k, 256)]``, is split into
 
@@ -10,13 +10,17 @@ Element (r, c) of a weight ``[n, k]``, padded with zeros to ``[round_up(n, 128),
 
 and stored, slowest index first:
 
-* FP4: words of 8 codes (n3, k3, k0) in the order [T, kt, sub, w, g, t, i];
+* FP4: pairs of words, of 16 codes (i % 2, n3, k3, k0), in the order [T, kt, sub, w, g, t, i // 2];
 * E4M3: words of 4 codes (k3, k0) in the order [T, kt, sub, i // 2, w, g, t, i % 2, n3];
 * scales of NVFP4: bytes in the order [T, kt, sub, w, g, i // 2, n3, i % 2];
 * scales of MXFP4 and MXFP8: bytes in the order [T, kt, sub, w, g, n3, i // 2].
 
-Words are little-endian; ``_BITS`` says where in one each bit goes. The bits of an element with k0 = 1 lie 16 above
-those of its neighbour.
+Words are little-endian; ``FP4_BITS`` and ``FP8_BITS`` say where in them each bit goes. The bits of an element with k0
+= 1 lie in the same places of the words' other halves.
+
+bfloat16 has the four bits of a code at 15 and 8 to 6 (``_hopper_decode``), so in each half of a word there is room for
+three codes of which a rotation by 0, 6 or 10 brings all four there. The places left are 3, 4, 10 and 11. Of two words,
+one moved by 2, they make one word more, with two codes that rotations by 4 and 14 bring there.
 
 Scale bytes hold what the kernel can multiply with, and a block must decode to the same values:
 
@@ -58,11 +62,15 @@ _SIGN = {"e2m1": 0x88, "e4m3": 0x80}
 """The signs in a byte of codes."""
 
 # Where the bits of an element with k0 = 0 go, the sign first.
-FP4_BITS = {  # by (n3, k3)
-    (0, 0): (15, 8, 7, 6),
-    (0, 1): (12, 5, 4, 3),
-    (1, 0): (9, 2, 1, 0),
-    (1, 1): (14, 11, 10, 13),
+FP4_BITS = {  # by (i % 2, n3, k3), in the 64 bits of both words
+    (0, 0, 0): (15, 8, 7, 6),
+    (0, 0, 1): (21, 14, 13, 12),
+    (0, 1, 0): (9, 2, 1, 0),
+    (0, 1, 1): (19, 42, 11, 10),
+    (1, 0, 0): (47, 40, 39, 38),
+    (1, 0, 1): (53, 46, 45, 44),
+    (1, 1, 0): (41, 34, 33, 32),
+    (1, 1, 1): (43, 36, 35, 4),
 }
 FP8_BITS = ((15, 10, 9, 8, 7, 6, 5, 4), (11, 14, 13, 12, 3, 2, 1, 0))  # by k3
 
@@ -104,18 +112,18 @@ _SCALE_ORDERS = {
 }
 
 
-def moves(places: dict[int, int]) -> tuple[tuple[int, int], ...]:
-    """Shifts to the left with the bits they fill, for a word whose bit is to go where ``places`` says."""
+def moves(places: dict[int, int], width: int) -> tuple[tuple[int, int], ...]:
+    """Shifts to the left with the bits they fill, for words of ``width`` whose bits are to go where ``places`` says."""
     masks: dict[int, int] = {}
     for source, target in places.items():
         masks[target - source] = masks.get(target - source, 0) | 1 << target
-    return tuple((shift, mask - (mask >> 31 << 32)) for shift, mask in masks.items())  # as int32
+    return tuple((shift, mask - (mask >> width - 1 << width)) for shift, mask in masks.items())  # signed
 
 
 def _fp4_places() -> dict[int, int]:
     return {
-        16 * n3 + 8 * k3 + 4 * k0 + 3 - bit: 16 * k0 + place
-        for (n3, k3), places in FP4_BITS.items()
+        32 * i + 16 * n3 + 8 * k3 + 4 * k0 + 3 - bit: place ^ 16 * k0
+        for (i, n3, k3), places in FP4_BITS.items()
         for k0 in (0, 1)
         for bit, place in enumerate(places)
     }
@@ -123,23 +131,23 @@ def _fp4_places() -> dict[int, int]:
 
 def _fp8_places() -> dict[int, int]:
     return {
-        16 * k3 + 8 * k0 + 7 - bit: 16 * k0 + place
+        16 * k3 + 8 * k0 + 7 - bit: place ^ 16 * k0
         for k3, places in enumerate(FP8_BITS)
         for k0 in (0, 1)
         for bit, place in enumerate(places)
     }
 
 
-_BITS = {"e2m1": _fp4_places(), "e4m3": _fp8_places()}
-_INTO = {element: moves(places) for element, places in _BITS.items()}
-_BACK = {element: moves({v: k for k, v in places.items()}) for element, places in _BITS.items()}
+_UNITS = {"e2m1": torch.int64, "e4m3": torch.int32}
+"""What has all bits that change places with each other."""
+_PLACES = {"e2m1": _fp4_places(), "e4m3": _fp8_places()}
 _ORDERS = {"e2m1": _FP4_ORDER, "e4m3": _FP8_ORDER}
 
 
-def _moved(data: Tensor, moves: tuple[tuple[int, int], ...]) -> Tensor:
-    words = data.view(torch.int32)
+def _moved(data: Tensor, element: str, places: dict[int, int]) -> Tensor:
+    words = data.view(_UNITS[element])
     out = torch.zeros_like(words)
-    for shift, mask in moves:
+    for shift, mask in moves(places, 8 * words.element_size()):
         out |= (words << shift if shift >= 0 else words >> -shift) & mask
     return out.view(torch.uint8)
 
@@ -185,7 +193,7 @@ def pack_hopper_weight(codes: Tensor, scales: Tensor, fmt: BlockFormat) -> tuple
     data = F.pad(data.flatten(1), (0, (padded_k - k) // fmt.elements_per_byte, 0, padded_n - n))
     padding = (0, padded_k // fmt.block_size - wanted[1], 0, padded_n - n)
     steps = F.pad(steps, padding, value=_NVFP4_ZERO if fmt is NVFP4 else 0)
-    weight = _moved(_ORDERS[fmt.element].apply(data).contiguous(), _INTO[fmt.element])
+    weight = _moved(_ORDERS[fmt.element].apply(data).contiguous(), fmt.element, _PLACES[fmt.element])
     return weight, _SCALE_ORDERS[fmt.block_size].apply(steps).contiguous()
 
 
@@ -210,7 +218,8 @@ def unpack_hopper_weight(weight: Tensor, scale: Tensor, fmt: BlockFormat) -> tup
                 f"unpack_hopper_weight: {name} is {t.dtype} of shape {tuple(t.shape)}; allowed: torch.uint8 as "
                 f"pack_hopper_weight gives it, N a multiple of {ROWS}, K of {COLUMNS}"
             )
-    data = _moved(weight.contiguous(), _BACK[fmt.element])
+    back = {target: source for source, target in _PLACES[fmt.element].items()}
+    data = _moved(weight.contiguous(), fmt.element, back)
     steps = _SCALE_ORDERS[fmt.block_size].undo(scale.contiguous())
     if fmt is NVFP4:
         steps = _e4m3_of(steps)

@@ -1,9 +1,13 @@
 """Block-scaled weights of the layout "hopper" to 16 bits, in registers: the left operand of a Hopper matrix product.
 
 A thread's part of a 64 x 64 tile is what ``mma`` and ``wgmma`` want of it: for each of the four steps of 16 along K
-two rows, eight apart, of four elements. Its codes are 16 (FP4) or 32 (FP8) bytes in a row, placed so that a shift and a
-mask bring two of them into the fields of a pair of 16-bit numbers; a multiplication by the scale then also corrects
+two rows, eight apart, of four elements. Its codes are 16 (FP4) or 32 (FP8) bytes in a row, placed so that a rotation and
+a mask bring two of them into the fields of a pair of 16-bit numbers; a multiplication by the scale then also corrects
 the exponent, subnormals included. Nothing moves between threads. ``torch_fp4ops.hopper_layout`` has the places of bits.
+
+For two words of FP4 codes that is 8 masks, 7 shifts and one instruction more, and 8 multiplications. Four of the shifts
+are to the left and go without a rotation, so the pipe of multiplications can take them: the other one, with two cycles
+an instruction, is what decoding waits for.
 
 Every product of a code and a scale is exact. ``FACTORS`` is what the decoded value is too small by.
 """
@@ -16,6 +20,8 @@ from triton.experimental import gluon
 __all__ = ["FACTORS", "decode", "decode_strip", "fetch", "scale_words", "warp_bases"]
 
 FACTORS = {"nvfp4": 2.0**7, "mxfp4": 1.0, "mxfp8": 1.0}
+
+_SIXTEEN: gl.constexpr = gl.constexpr(",".join(["=&h"] * 16))
 
 
 @gluon.constexpr_function
@@ -49,28 +55,35 @@ def _scales_asm(fmt, half):
 
 
 @gluon.constexpr_function
-def _fp4_asm(half):
-    """The eight codes of word $8 to four pairs along K ($0-$7); $9 has the scales of the two rows in its halves.
+def _pair_asm(word, right, half):
+    """To p: two codes of a word, rotated to the right, as magnitudes and signs of a pair.
 
-    bfloat16 has a magnitude at bits 8-6, float16 three higher; there the sign takes a mask of its own.
+    bfloat16 has a magnitude at bits 8-6, and float16 three higher.
+    """
+    shift = f"shl.b32 p, {word}, {16 - right};" if right >= 10 else f"shf.r.wrap.b32 p, {word}, {word}, {right};"
+    lines = [shift, "and.b32 p, p, 0x81C081C0;"] if right else [f"and.b32 p, {word}, 0x81C081C0;"]
+    return lines + ["and.b32 t, p, 0x01C001C0; mad.lo.u32 p, t, 7, p;"] * half
+
+
+@gluon.constexpr_function
+def _fp4_asm(half):
+    """The codes of words $16 and $17 to four pairs along K of each ($0-$7, $8-$15).
+
+    $18 and $19 have the scales of the two rows in their halves.
     """
     kind = "f16x2" if half else "bf16x2"
-    lines = ["{ .reg .b32 p, t, s0, s1; .reg .b16 l, h; mov.b32 {l, h}, $9; mov.b32 s0, {l, l}; mov.b32 s1, {h, h};"]
-    for shift, row, out in ((0, 0, 0), (3, 0, 2), (6, 1, 4)):
-        if half:
-            lines.append(f"shl.b32 p, $8, {shift + 3}; and.b32 p, p, 0x0E000E00;")
-            lines.append(f"shl.b32 t, $8, {shift}; and.b32 t, t, 0x80008000; or.b32 p, p, t;")
-        else:
-            lines.append(f"shl.b32 p, $8, {shift}; and.b32 p, p, 0x81C081C0;")
-        lines.append(f"mul.rn.{kind} p, p, s{row}; mov.b32 {{${out}, ${out + 1}}}, p;")
-    lines.append("shl.b32 p, $8, 1; and.b32 p, p, 0x80008000;")
-    if half:
-        lines.append("and.b32 t, $8, 0x0C000C00; or.b32 p, p, t; shr.u32 t, $8, 4; and.b32 t, t, 0x02000200;")
-    else:
-        lines.append("shr.u32 t, $8, 3; and.b32 t, t, 0x01800180; or.b32 p, p, t;")
-        lines.append("shr.u32 t, $8, 7; and.b32 t, t, 0x00400040;")
-    lines.append(f"or.b32 p, p, t; mul.rn.{kind} p, p, s1; mov.b32 {{$6, $7}}, p; }}")
-    return "\n".join(lines)
+    lines = ["{ .reg .b32 p, t, c, s0, s1, z0, z1; .reg .b16 l, h;"]
+    lines.append("mov.b32 {l, h}, $18; mov.b32 s0, {l, l}; mov.b32 s1, {h, h};")
+    lines.append("mov.b32 {l, h}, $19; mov.b32 z0, {l, l}; mov.b32 z1, {h, h};")
+    # The places that three pairs of each leave; in lop3, 0xE4 takes bits of a or b as c has ones or zeros.
+    lines.append("shl.b32 t, $17, 2; lop3.b32 c, $16, t, 0x0C180C18, 0xE4;")
+    for out, word, right, scale in (
+        (0, "$16", 0, "s0"), (2, "$16", 6, "s0"), (4, "$16", 10, "s1"), (6, "c", 4, "s1"),
+        (8, "$17", 0, "z0"), (10, "$17", 6, "z0"), (12, "$17", 10, "z1"), (14, "c", 14, "z1"),
+    ):  # fmt: skip
+        lines += _pair_asm(word, right, half)
+        lines.append(f"mul.rn.{kind} p, p, {scale}; mov.b32 {{${out}, ${out + 1}}}, p;")
+    return "\n".join([*lines, "}"])
 
 
 @gluon.constexpr_function
@@ -148,6 +161,12 @@ def decode_strip(codes, scales, OPERAND: gl.constexpr, FMT: gl.constexpr, HALF: 
 
 
 @gluon.jit
+def _both(even, odd):
+    """Values of even and of odd steps, by step."""
+    return gl.join(even, odd).reshape([even.shape[0], even.shape[1], 4])
+
+
+@gluon.jit
 def _decoded(c, words, FMT: gl.constexpr, HALF: gl.constexpr):
     """For W warps: codes [8 W, 4, 4], of MXFP8 [8 W, 4, 4, 2], and scales [8 W, 1 or 2] to [W, 2, 8, 4, 2, 4, 2].
 
@@ -178,15 +197,14 @@ def _decoded(c, words, FMT: gl.constexpr, HALF: gl.constexpr):
     else:
         c = gl.convert_layout(c, THREAD, assert_trivial=True)
         s, c = gl.broadcast(s, c)
-        OUT: gl.constexpr = "=&h,=&h,=&h,=&h,=&h,=&h,=&h,=&h,r,r"
-        if HALF:
-            a00, a01, a10, a11, b00, b01, b10, b11 = gl.inline_asm_elementwise(
-                _fp4_asm(True), OUT, [c, s], dtype=(gl.float16,) * 8, is_pure=True, pack=1
-            )
-        else:
-            a00, a01, a10, a11, b00, b01, b10, b11 = gl.inline_asm_elementwise(
-                _fp4_asm(False), OUT, [c, s], dtype=(gl.bfloat16,) * 8, is_pure=True, pack=1
-            )
+        c0, c1 = gl.split(c.reshape([ROWS, 4, 2, 2]))
+        s0, s1 = gl.split(s.reshape([ROWS, 4, 2, 2]))
+        TYPES: gl.constexpr = (gl.float16 if HALF else gl.bfloat16,) * 16
+        v = gl.inline_asm_elementwise(
+            _fp4_asm(HALF), _SIXTEEN + ",r,r,r,r", [c0, c1, s0, s1], dtype=TYPES, is_pure=True, pack=1
+        )
+        a00, a01, a10, a11 = _both(v[0], v[8]), _both(v[1], v[9]), _both(v[2], v[10]), _both(v[3], v[11])
+        b00, b01, b10, b11 = _both(v[4], v[12]), _both(v[5], v[13]), _both(v[6], v[14]), _both(v[7], v[15])
     # a: the upper row, b: the one eight below; first digit: which half of a step, second: which of a pair
     low = gl.join(gl.join(a00, b00), gl.join(a01, b01))
     high = gl.join(gl.join(a10, b10), gl.join(a11, b11))

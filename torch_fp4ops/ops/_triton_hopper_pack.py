@@ -32,46 +32,79 @@ _SIZES = ["rows", "row_units", "groups", "padded_cols", "piece_groups"]
 _THREADS = 128
 
 
-def _half_word_moves(bits_of_k3: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, int], ...]:
+def _word_moves(bits_of_k3: list[tuple[int, ...]]) -> tuple[tuple[int, int], ...]:
     """Shifts and masks for words whose byte 2 * k0 + k3 has a code in its low bits."""
     places = {
-        16 * k0 + 8 * k3 + len(bits) - 1 - bit: 16 * k0 + place
+        16 * k0 + 8 * k3 + len(bits) - 1 - bit: place ^ 16 * k0
         for k3, bits in enumerate(bits_of_k3)
         for k0 in (0, 1)
         for bit, place in enumerate(bits)
     }
-    return tuple((shift, mask % 2**32) for shift, mask in moves(places))
+    return tuple((shift, mask % 2**32) for shift, mask in moves(places, 32))
 
 
-_FP4_MOVES = tuple(_half_word_moves((FP4_BITS[n3, 0], FP4_BITS[n3, 1])) for n3 in (0, 1))
-_FP8_MOVES = _half_word_moves(FP8_BITS)
+def _fp4_moves(odd: int, n3: int) -> tuple[tuple[int, int], ...]:
+    """Within a word; a bit that is to go to the other word of the pair waits where that one's bit will be."""
+    other = {_EVEN_BIT + 32: _ODD_BIT, _ODD_BIT: _EVEN_BIT + 32}
+    bits = [tuple(other.get(place, place) - 32 * odd for place in FP4_BITS[odd, n3, k3]) for k3 in (0, 1)]
+    return _word_moves(bits)
+
+
+# The bit of an odd word that codes of the even one have, and the other way round.
+(_EVEN_BIT,) = (place - 32 for (odd, _, _), bits in FP4_BITS.items() for place in bits if place >= 32 and not odd)
+(_ODD_BIT,) = (place for (odd, _, _), bits in FP4_BITS.items() for place in bits if place < 32 and odd)
+_FP4_MOVES = tuple(tuple(_fp4_moves(odd, n3) for n3 in (0, 1)) for odd in (0, 1))
+_FP8_MOVES = _word_moves(list(FP8_BITS))
 
 
 @triton.constexpr_function
-def _count(n3, fp8):
-    return len(_FP8_MOVES if fp8 else _FP4_MOVES[n3])
+def _moves(odd, n3, fp8):
+    return _FP8_MOVES if fp8 else _FP4_MOVES[odd][n3]
 
 
 @triton.constexpr_function
-def _shift(n3, fp8, i):
-    return (_FP8_MOVES if fp8 else _FP4_MOVES[n3])[i][0]
+def _count(odd, n3, fp8):
+    return len(_moves(odd, n3, fp8))
 
 
 @triton.constexpr_function
-def _mask(n3, fp8, i):
-    return (_FP8_MOVES if fp8 else _FP4_MOVES[n3])[i][1]
+def _shift(odd, n3, fp8, i):
+    return _moves(odd, n3, fp8)[i][0]
+
+
+@triton.constexpr_function
+def _mask(odd, n3, fp8, i):
+    return _moves(odd, n3, fp8)[i][1]
 
 
 @triton.jit
-def _placed(word, N3: tl.constexpr, FP8: tl.constexpr):
+def _placed(word, ODD: tl.constexpr, N3: tl.constexpr, FP8: tl.constexpr):
     """The bits of a word of codes, one in each byte, in their places."""
     out = tl.zeros_like(word)
-    for i in tl.static_range(_count(N3, FP8)):
-        if _shift(N3, FP8, i) >= 0:
-            out |= (word << _shift(N3, FP8, i)) & _mask(N3, FP8, i)
+    for i in tl.static_range(_count(ODD, N3, FP8)):
+        if _shift(ODD, N3, FP8, i) >= 0:
+            out |= (word << _shift(ODD, N3, FP8, i)) & _mask(ODD, N3, FP8, i)
         else:
-            out |= (word >> -_shift(N3, FP8, i)) & _mask(N3, FP8, i)
+            out |= (word >> -_shift(ODD, N3, FP8, i)) & _mask(ODD, N3, FP8, i)
     return out
+
+
+@triton.constexpr_function
+def _distance():
+    return _EVEN_BIT - _ODD_BIT
+
+
+@triton.constexpr_function
+def _exchanged():
+    return 0x10001 << _EVEN_BIT
+
+
+@triton.jit
+def _exchange(words):
+    """Even and odd words with each other's bits."""
+    even, odd = tl.split(tl.reshape(words, (words.shape[0] // 2, 2)))
+    differ = ((even << _distance()) ^ odd) & _exchanged()
+    return tl.reshape(tl.join(even ^ (differ >> _distance()), odd ^ differ), (words.shape[0],))
 
 
 @triton.jit
@@ -223,7 +256,8 @@ def hopper_pack_kernel(
             tl.store(wrong_ptr + tl.zeros_like(cell), 1, mask=wrong)
         placed = ()
         for j in tl.static_range(4):
-            placed += (_placed(by_t[j], n3, FP8),)
+            even = _placed(by_t[j], 0, n3, FP8)
+            placed += (even if FP8 else tl.where(i % 2 == 0, even, _placed(by_t[j], 1, n3, FP8)),)
         words += (placed,)
         stored |= step.to(tl.uint32) << (16 * n3)
 
@@ -237,7 +271,7 @@ def hopper_pack_kernel(
     else:
         a, b = words
         parts = tl.reshape(_four(a[0] | b[0], a[1] | b[1], a[2] | b[2], a[3] | b[3]), (N // 4, 4, 4))
-        flat = tl.reshape(tl.permute(parts, (0, 2, 1)), (N * 4,))  # i, t to t, i
+        flat = _exchange(tl.reshape(tl.permute(parts, (0, 2, 1)), (N * 4,)))  # i, t to t, i
         tl.store(target + start * 1024 + tl.arange(0, N * 4), flat)
     steps_of = out_scales_ptr.to(tl.pointer_type(tl.uint32))
     if FORMAT == "nvfp4":
