@@ -246,7 +246,9 @@ def test_who_decodes_rows(fmt):
             assert decodes(way, fmt, k, m) <= decodes(way, fmt, 512, 1)
             assert isinstance(way, Strips | AtOnce) or not decodes(way, fmt, k, m)
     few, many = (choose(1, n, 2048, 132, fmt=fmt).way for n in (4096, 28672))
-    assert decodes(few, fmt, 2048, 1) and decodes(many, fmt, 2048, 1) == (fmt == "mxfp8")
+    assert decodes(few, fmt, 2048, 1) and decodes(many, fmt, 2048, 1)
+    rows = choose(16, 28672, 8192, 132, fmt=fmt).way
+    assert decodes(rows, fmt, 4096, 16) and decodes(rows, fmt, 8192, 16) == (fmt == "mxfp8")
 
 
 def test_strips_need_steps_of_64():

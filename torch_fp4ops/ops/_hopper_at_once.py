@@ -164,6 +164,9 @@ def at_once_kernel(
     if X_LAYOUT > 0:
         held = _load_all_rows(x, x_scales, x_units, x_cols, M, K_STEPS, C)
     _keep_in_order()
+    # With more rows of x a strip takes longer, and waiting for it by itself is worth less.
+    TOGETHER: gl.constexpr = 2 - S % 2
+    GROUP: gl.constexpr = 1 if BM == 8 else TOGETHER
     scales_of = ()
     for i in gl.static_range(S):
         scales_of = scales_of + (_copy_scales(scales, first + i, C),)  # type: ignore[assignment]  # noqa: RUF005
@@ -175,7 +178,8 @@ def at_once_kernel(
             rows = rows + (place,)  # type: ignore[assignment]  # noqa: RUF005
         for i in gl.static_range(S):
             codes_of = codes_of + (_copy_codes(codes, first + i, t, C),)  # type: ignore[assignment]  # noqa: RUF005
-        async_copy.commit_group()
+            if (i + 1) % GROUP == 0:
+                async_copy.commit_group()
     if X_LAYOUT > 0:
         place = _decode_all_rows(held, M, C).permute((0, 2, 1))
         for t in gl.static_range(TURNS):
@@ -184,15 +188,16 @@ def at_once_kernel(
     for _ in gl.static_range(S):
         accs = accs + (gl.zeros([WARPS, 16, BM], gl.float32, ACC),)  # type: ignore[assignment]  # noqa: RUF005
     for t in gl.static_range(TURNS):
-        _wait_for_own(TURNS - 1 - t)
-        right = rows[t].load(RIGHT)  # type: ignore[var-annotated]
         sums = ()
         for i in gl.static_range(S):
+            if i % GROUP == 0:
+                _wait_for_own((S * (TURNS - t) - i) // GROUP - 1)
+            if i == 0:
+                right = rows[t].load(RIGHT)  # type: ignore[var-annotated]
             w = decode_strip(codes_of[t * S + i], scales_of[i].slice(t * WARPS, WARPS, dim=0), LEFT, FMT, HALF)
             sums = sums + (mma_v2(w, right, accs[i]),)  # noqa: RUF005
         accs = sums
     # Two strips at a time, if there are: that is one barrier for both.
-    TOGETHER: gl.constexpr = 2 - S % 2
     row = first * 16 + gl.arange(0, 16 * TOGETHER, gl.SliceLayout(1, gl.SliceLayout(0, SUM)))
     to = out + m[None, :] * N + row[:, None]
     parts = ()

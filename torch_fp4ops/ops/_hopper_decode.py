@@ -1,9 +1,10 @@
 """Block-scaled weights of the layout "hopper" to 16 bits, in registers: the left operand of a Hopper matrix product.
 
 A thread's part of a 64 x 64 tile is what ``mma`` and ``wgmma`` want of it: for each of the four steps of 16 along K
-two rows, eight apart, of four elements. Its codes are 16 (FP4) or 32 (FP8) bytes in a row, placed so that a rotation and
-a mask bring two of them into the fields of a pair of 16-bit numbers; a multiplication by the scale then also corrects
-the exponent, subnormals included. Nothing moves between threads. ``torch_fp4ops.hopper_layout`` has the places of bits.
+two rows, eight apart, of four elements. Its codes are 16 (FP4) or 32 (FP8) bytes in a row, placed so that a rotation
+and a mask bring two of them into the fields of a pair of 16-bit numbers; a multiplication by the scale then also
+corrects the exponent, subnormals included. Nothing moves between threads; ``torch_fp4ops.hopper_layout`` has the places
+of bits.
 
 For two words of FP4 codes that is 8 masks, 7 shifts and one instruction more, and 8 multiplications. Four of the shifts
 are to the left and go without a rotation, so the pipe of multiplications can take them: the other one, with two cycles
@@ -199,10 +200,12 @@ def _decoded(c, words, FMT: gl.constexpr, HALF: gl.constexpr):
         s, c = gl.broadcast(s, c)
         c0, c1 = gl.split(c.reshape([ROWS, 4, 2, 2]))
         s0, s1 = gl.split(s.reshape([ROWS, 4, 2, 2]))
-        TYPES: gl.constexpr = (gl.float16 if HALF else gl.bfloat16,) * 16
-        v = gl.inline_asm_elementwise(
-            _fp4_asm(HALF), _SIXTEEN + ",r,r,r,r", [c0, c1, s0, s1], dtype=TYPES, is_pure=True, pack=1
-        )
+        given = [c0, c1, s0, s1]
+        OUT: gl.constexpr = _SIXTEEN + ",r,r,r,r"
+        if HALF:
+            v = gl.inline_asm_elementwise(_fp4_asm(True), OUT, given, dtype=(gl.float16,) * 16, is_pure=True, pack=1)
+        else:
+            v = gl.inline_asm_elementwise(_fp4_asm(False), OUT, given, dtype=(gl.bfloat16,) * 16, is_pure=True, pack=1)
         a00, a01, a10, a11 = _both(v[0], v[8]), _both(v[1], v[9]), _both(v[2], v[10]), _both(v[3], v[11])
         b00, b01, b10, b11 = _both(v[4], v[12]), _both(v[5], v[13]), _both(v[6], v[14]), _both(v[7], v[15])
     # a: the upper row, b: the one eight below; first digit: which half of a step, second: which of a pair

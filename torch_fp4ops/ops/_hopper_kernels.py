@@ -111,7 +111,7 @@ def strip_plan(way: Strips, fmt: str, dtype: torch.dtype, x_layout: int, alpha_f
         S=way.S,
         KS=way.KS,
         STAGES=way.STAGES,
-        OWN=way.OWN,
+        OWN=min(way.OWN, 2) if x_layout else way.OWN,  # the group that decodes x has the third one's registers
         X_LAYOUT=x_layout,
         ALPHA=alpha_form,
         FACTOR=FACTORS[fmt] ** (2 if x_layout else 1),

@@ -159,18 +159,17 @@ _SUM_START, _SUM_EARLY_START, _SUM_BYTES_PER_US = 1.2, 0.7, 6e6
 def decodes(way: Way | Strips | AtOnce, fmt: str, k: int, m: int) -> bool:
     """Whether a product in this way decodes quantised rows of x of k itself; else a kernel before does.
 
-    That one takes 1 to 1.5 us. In the product each program decodes all rows, which many weights of MXFP8 hide; those of
-    FP4 take as much of the same instructions.
+    That one takes 1 to 1.5 us, as a plain node of a graph 2. In the product each program decodes all rows, which many
+    weights of MXFP8 hide; those of FP4 take as much of the same instructions.
     """
     if isinstance(way, AtOnce):
-        # For some of x, the other warps of a program wait longer for it to be decoded than a kernel before takes.
-        most = 32768 if way.BM == 8 or fmt == "mxfp8" else 16384
-        return m * k <= most and _room_at_once(way, hopper_size(0, k)[1] // 64, fmt, 1) <= SHARED_BYTES
+        # For more of x, the other warps of a program wait longer for it to be decoded than a kernel before takes.
+        return m * k <= 32768 and _room_at_once(way, hopper_size(0, k)[1] // 64, fmt, 1) <= SHARED_BYTES
     if not isinstance(way, Strips):
         return False
     if fmt == "mxfp8":
         return way.S >= 6 or (way.BM == 8 and (way.S > 1 or k <= 2048))
-    return way.BM == 8 and way.S <= 4 and k <= 8192
+    return k <= 8192 or way.S >= 4 if way.BM == 8 else k <= 384 * way.S
 
 
 class Cut(NamedTuple):
