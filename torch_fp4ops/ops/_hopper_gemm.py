@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ._hopper_decode import decode, fetch
-from ._hopper_load import after, loader
+from ._hopper_load import after, load_first, loader
 from ._hopper_plan import Plan
 from ._hopper_schedule import piece, share, tile_at, wait_for_previous
 from ._hopper_store import add_shared, free_place, give_shared, store, store_part
@@ -284,6 +284,7 @@ def matmul_kernel(
             parts1 = gl.allocate_shared_memory(gl.float32, [SUBS * (KW - 1), 64, REST], SWIZZLED)
             s = s + (parts1,)  # type: ignore[assignment]  # noqa: RUF005
     fence_async_shared()
+    load_first(d, s, M, tiles_m, tiles_n, TRIPS, C)
     gl.warp_specialize([
         (_group0, (d, s, out, sums, alpha, M, N, tiles_m, tiles_n, TRIPS, C)),
         (_group1, (d, s, out, sums, alpha, M, N, tiles_m, tiles_n, TRIPS, C)),

@@ -9,7 +9,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from ._gluon import async_load
 from ._hopper_schedule import let_next_start, piece, share, tile_at, wait_for_previous
 
-__all__ = ["after", "loader"]
+__all__ = ["after", "load_first", "loader"]
 
 
 @gluon.constexpr_function
@@ -61,6 +61,18 @@ def _load_stage(d, s, st, pm, pn, k, KT, M, C: gl.constexpr):
 
 
 @gluon.jit
+def load_first(d, s, M, tiles_m, tiles_n, TRIPS, C: gl.constexpr):
+    """The first stage, before warps have their roles: that takes 0.45 us, in which it may as well be on its way.
+
+    Not where parts are added up: there the roles are given while the kernel before still adds.
+    """
+    if not C.STREAM:
+        wait_for_previous()
+        pm, pn = tile_at(gl.program_id(0), tiles_m, tiles_n, C.BAND)
+        _load_stage(d, s, 0, pm, pn, 0, TRIPS * 4 * C.KW, M, C)
+
+
+@gluon.jit
 def loader(d, s, out, sums, alpha, M, N, tiles_m, tiles_n, TRIPS, C: gl.constexpr):
     wait_for_previous()
     if not C.STREAM:  # else what is next adds parts up
@@ -79,8 +91,9 @@ def loader(d, s, out, sums, alpha, M, N, tiles_m, tiles_n, TRIPS, C: gl.constexp
         pm, pn = tile_at(t, tiles_m, tiles_n, C.BAND)
         for k in range(k0, k1):
             for i in gl.static_range(STAGES):
-                mbarrier.wait(s[4].index(st), phase)
-                _load_stage(d, s, st, pm, pn, k * STEPS + i * C.KS, KT, M, C)
+                if C.STREAM or i > 0 or (p > beg) | (k > k0):
+                    mbarrier.wait(s[4].index(st), phase)
+                    _load_stage(d, s, st, pm, pn, k * STEPS + i * C.KS, KT, M, C)
                 st, phase = after(st, phase, i, 1, 0, C)
         p += k1 - k0
     if C.SUM_EARLY:
