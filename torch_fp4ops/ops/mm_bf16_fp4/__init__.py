@@ -40,7 +40,7 @@ def _contract(call: Call) -> Out:
 
 _PREFERENCES = (
     _preferences.FLASHINFER,
-    _preferences.gluon(2.25, 1.06),
+    _preferences.gluon(2.42, 1.09),
     Preference(
         "triton",
         "cuda",

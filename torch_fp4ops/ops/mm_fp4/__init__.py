@@ -42,7 +42,7 @@ def a_layout(use_8x4_sf_layout: bool) -> str:
 _PREFERENCES = (
     _preferences.FLASHINFER,
     _preferences.TRTLLM,
-    _preferences.gluon(2.11, 1.0),
+    _preferences.gluon(2.29, 1.04),
     Preference(
         "triton",
         "cuda",
