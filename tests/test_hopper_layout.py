@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -94,6 +96,32 @@ def test_bits_lie_where_the_layout_says(fmt):
             assert value == scales[r, c // 16].view(torch.float8_e4m3fn).float()
         else:
             assert scale[(thread * 2 + n3) * 2 + i // 2] == scales[r, c // 32]
+
+
+def test_shifts_and_a_mask_make_pairs_of_fp4_codes():
+    """As the kernel decodes: three pairs of a word by themselves, and one of what is left of two words."""
+    codes, scales = random_weight(128, 256, NVFP4)
+    words = [
+        word & 0xFFFFFFFF for word in pack_hopper_weight(codes, scales, NVFP4)[0].view(torch.int32).flatten().tolist()
+    ]
+    elements = unpack_e2m1(codes).tolist()
+
+    def pair(word: int, left: int) -> list[int]:
+        """Signs at 15 and magnitudes at 8 to 6 of both halves; to the right is a rotation."""
+        turned = (word << left if left >= 0 else word >> -left | word << 32 + left) & 0x81C081C0
+        return [half >> 12 & 8 | half >> 6 & 7 for half in (turned & 0xFFFF, turned >> 16)]
+
+    for r, c in itertools.product(range(128), range(0, 256, 2)):
+        sub, w, n3, g = r // 64, r // 16 % 4, r // 8 % 2, r % 8
+        kt, i, k3, t = c // 64, c // 16 % 4, c // 8 % 2, c // 2 % 4
+        at = (((kt * 2 + sub) * 4 + w) * 8 + g) * 16 + t * 4 + i // 2 * 2
+        even, odd = words[at : at + 2]
+        left = even & 0x0C180C18 | odd << 2 & ~0x0C180C18
+        if (n3, k3) == (1, 1):
+            got = pair(left & 0xFFFFFFFF, (-4, 2)[i % 2])
+        else:
+            got = pair((even, odd)[i % 2], {(0, 0): 0, (0, 1): -6, (1, 0): 6}[n3, k3])
+        assert got == elements[r][c : c + 2]
 
 
 @EVERY_FORMAT

@@ -1,7 +1,7 @@
 """The layout "hopper": a weight and its scales as the GEMM of compute capability 9.0 reads them.
 
 The kernel decodes codes in registers to the 16-bit values that the tensor cores take. So what a thread reads at once
-are codes of its own elements, and their bits are placed so that a rotation and a mask make a pair of values.
+are codes of its own elements, and their bits are placed so that a shift and a mask make a pair of values.
 
 Element (r, c) of a weight ``[n, k]``, padded with zeros to ``[round_up(n, 128), round_up(k, 256)]``, is split into
 
@@ -19,8 +19,9 @@ Words are little-endian; ``FP4_BITS`` and ``FP8_BITS`` say where in them each bi
 = 1 lie in the same places of the words' other halves.
 
 bfloat16 has the four bits of a code at 15 and 8 to 6 (``_hopper_decode``), so in each half of a word there is room for
-three codes of which a rotation by 0, 6 or 10 brings all four there. The places left are 3, 4, 10 and 11. Of two words,
-one moved by 2, they make one word more, with two codes that rotations by 4 and 14 bring there.
+three codes whose four bits are there at once: as they are, rotated by 6 to the right, or shifted by 6 to the left. The
+places left are 3, 4, 10 and 11. Of two words, the odd one shifted by 2, they make one word more, with two codes: one
+is there when rotated by 4, one when shifted by 2.
 
 Scale bytes hold what the kernel can multiply with, and a block must decode to the same values:
 

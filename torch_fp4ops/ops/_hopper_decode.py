@@ -1,14 +1,14 @@
 """Block-scaled weights of the layout "hopper" to 16 bits, in registers: the left operand of a Hopper matrix product.
 
 A thread's part of a 64 x 64 tile is what ``mma`` and ``wgmma`` want of it: for each of the four steps of 16 along K
-two rows, eight apart, of four elements. Its codes are 16 (FP4) or 32 (FP8) bytes in a row, placed so that a rotation
-and a mask bring two of them into the fields of a pair of 16-bit numbers; a multiplication by the scale then also
-corrects the exponent, subnormals included. Nothing moves between threads; ``torch_fp4ops.hopper_layout`` has the places
-of bits.
+two rows, eight apart, of four elements. Its codes are 16 (FP4) or 32 (FP8) bytes in a row, placed so that a shift or
+rotation and a mask bring two of them into the fields of a pair of 16-bit numbers; a multiplication by the scale then
+also corrects the exponent, subnormals included. Nothing moves between threads; ``torch_fp4ops.hopper_layout`` has the
+places of bits.
 
-For two words of FP4 codes that is 8 masks, 7 shifts and one instruction more, and 8 multiplications. Four of the shifts
-are to the left and go without a rotation, so the pipe of multiplications can take them: the other one, with two cycles
-an instruction, is what decoding waits for.
+For two words of FP4 codes that is 8 masks, 7 shifts and rotations, one instruction more, and 8 multiplications. Four
+are shifts to the left, which the pipe of multiplications can take: the other one, with two cycles an instruction, is
+what decoding waits for.
 
 Every product of a code and a scale is exact. ``FACTORS`` is what the decoded value is too small by.
 """
@@ -56,13 +56,13 @@ def _scales_asm(fmt, half):
 
 
 @gluon.constexpr_function
-def _pair_asm(word, right, half):
-    """To p: two codes of a word, rotated to the right, as magnitudes and signs of a pair.
+def _pair_asm(word, left, half):
+    """To p: two codes of a word, shifted to the left or rotated to the right, as magnitudes and signs of a pair.
 
     bfloat16 has a magnitude at bits 8-6, and float16 three higher.
     """
-    shift = f"shl.b32 p, {word}, {16 - right};" if right >= 10 else f"shf.r.wrap.b32 p, {word}, {word}, {right};"
-    lines = [shift, "and.b32 p, p, 0x81C081C0;"] if right else [f"and.b32 p, {word}, 0x81C081C0;"]
+    turn = f"shl.b32 p, {word}, {left};" if left > 0 else f"shf.r.wrap.b32 p, {word}, {word}, {-left};"
+    lines = [turn, "and.b32 p, p, 0x81C081C0;"] if left else [f"and.b32 p, {word}, 0x81C081C0;"]
     return lines + ["and.b32 t, p, 0x01C001C0; mad.lo.u32 p, t, 7, p;"] * half
 
 
@@ -78,11 +78,11 @@ def _fp4_asm(half):
     lines.append("mov.b32 {l, h}, $19; mov.b32 z0, {l, l}; mov.b32 z1, {h, h};")
     # The places that three pairs of each leave; in lop3, 0xE4 takes bits of a or b as c has ones or zeros.
     lines.append("shl.b32 t, $17, 2; lop3.b32 c, $16, t, 0x0C180C18, 0xE4;")
-    for out, word, right, scale in (
-        (0, "$16", 0, "s0"), (2, "$16", 6, "s0"), (4, "$16", 10, "s1"), (6, "c", 4, "s1"),
-        (8, "$17", 0, "z0"), (10, "$17", 6, "z0"), (12, "$17", 10, "z1"), (14, "c", 14, "z1"),
+    for out, word, left, scale in (
+        (0, "$16", 0, "s0"), (2, "$16", -6, "s0"), (4, "$16", 6, "s1"), (6, "c", -4, "s1"),
+        (8, "$17", 0, "z0"), (10, "$17", -6, "z0"), (12, "$17", 6, "z1"), (14, "c", 2, "z1"),
     ):  # fmt: skip
-        lines += _pair_asm(word, right, half)
+        lines += _pair_asm(word, left, half)
         lines.append(f"mul.rn.{kind} p, p, {scale}; mov.b32 {{${out}, ${out + 1}}}, p;")
     return "\n".join([*lines, "}"])
 

@@ -169,7 +169,7 @@ def decodes(way: Way | Strips | AtOnce, fmt: str, k: int, m: int) -> bool:
         return False
     if fmt == "mxfp8":
         return way.S >= 6 or (way.BM == 8 and (way.S > 1 or k <= 2048))
-    return k <= 8192 or way.S >= 4 if way.BM == 8 else k <= 384 * way.S
+    return (k <= 8192 or way.S >= 4) if way.BM == 8 else k <= 384 * way.S
 
 
 class Cut(NamedTuple):
