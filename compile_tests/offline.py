@@ -120,6 +120,7 @@ def faults(wanted: Wanted, target: str, got: Compiled) -> str:
             kind: Any = StripPlan if "OWN" in constants else Plan
             plan = kind(**{name: constants[name] for name in kind._fields})
             waits = plan.GROUPS + (2 if constants.get("X_LAYOUT") else 1)
+            waits += not constants.get("STREAM")  # before the first stage, which all warps ask for
         early = TOUCHES_MEMORY.search(got.assembly.partition(WAIT)[0])
         if got.assembly.count(WAIT) != waits or early:
             found.append(f"touches memory before it waits: {early and early[0]}")
