@@ -18,11 +18,12 @@ from __future__ import annotations
 import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
 
-__all__ = ["FACTORS", "decode", "decode_strip", "fetch", "scale_words", "warp_bases"]
+__all__ = ["FACTORS", "SIXTEEN", "decode", "decode_strip", "fetch", "scale_words", "warp_bases"]
 
 FACTORS = {"nvfp4": 2.0**7, "mxfp4": 1.0, "mxfp8": 1.0}
 
-_SIXTEEN: gl.constexpr = gl.constexpr(",".join(["=&h"] * 16))
+SIXTEEN: gl.constexpr = gl.constexpr(",".join(["=&h"] * 16))
+"""Results of inline PTX: that many 16-bit values."""
 
 
 @gluon.constexpr_function
@@ -201,7 +202,7 @@ def _decoded(c, words, FMT: gl.constexpr, HALF: gl.constexpr):
         c0, c1 = gl.split(c.reshape([ROWS, 4, 2, 2]))
         s0, s1 = gl.split(s.reshape([ROWS, 4, 2, 2]))
         given = [c0, c1, s0, s1]
-        OUT: gl.constexpr = _SIXTEEN + ",r,r,r,r"
+        OUT: gl.constexpr = SIXTEEN + ",r,r,r,r"
         if HALF:
             v = gl.inline_asm_elementwise(_fp4_asm(True), OUT, given, dtype=(gl.float16,) * 16, is_pure=True, pack=1)
         else:

@@ -16,11 +16,10 @@ from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from ._gluon import warp_group_barrier
+from ._hopper_decode import SIXTEEN
 from ._hopper_schedule import wait_for_previous
 
 __all__ = ["decode_rows", "load_rows", "rows_decoder"]
-
-_OUT: gl.constexpr = gl.constexpr(",".join(["=&h"] * 16))
 
 
 @gluon.constexpr_function
@@ -118,12 +117,12 @@ def decode_rows(rows, C: gl.constexpr):
         c1, c3 = gl.split(c13)
         byte = gl.convert_layout(byte, c0.type.layout, assert_trivial=True)
         v = gl.inline_asm_elementwise(
-            _fp8_asm(), _OUT + ",r,r,r,r,r", [c0, c1, c2, c3, byte], (gl.bfloat16,) * 16, is_pure=True, pack=1
+            _fp8_asm(), SIXTEEN + ",r,r,r,r,r", [c0, c1, c2, c3, byte], (gl.bfloat16,) * 16, is_pure=True, pack=1
         )
     else:
         c0, c1 = gl.split(codes)
         v = gl.inline_asm_elementwise(
-            _fp4_asm(C.FMT), _OUT + ",r,r,r", [c0, c1, byte], (gl.bfloat16,) * 16, is_pure=True, pack=1
+            _fp4_asm(C.FMT), SIXTEEN + ",r,r,r", [c0, c1, byte], (gl.bfloat16,) * 16, is_pure=True, pack=1
         )
     for i in gl.static_range(4):  # each time one more bit of an element's number, the highest first
         v = _joined(v, 8 >> i)

@@ -12,7 +12,7 @@ Nothing here looks at data on the host: a block that can't be stored becomes NaN
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import triton
@@ -32,7 +32,7 @@ _SIZES = ["rows", "row_units", "groups", "padded_cols", "piece_groups"]
 _THREADS = 128
 
 
-def _word_moves(bits_of_k3: list[tuple[int, ...]]) -> tuple[tuple[int, int], ...]:
+def _word_moves(bits_of_k3: Sequence[tuple[int, ...]]) -> tuple[tuple[int, int], ...]:
     """Shifts and masks for words whose byte 2 * k0 + k3 has a code in its low bits."""
     places = {
         16 * k0 + 8 * k3 + len(bits) - 1 - bit: place ^ 16 * k0
@@ -54,7 +54,7 @@ def _fp4_moves(odd: int, n3: int) -> tuple[tuple[int, int], ...]:
 (_EVEN_BIT,) = (place - 32 for (odd, _, _), bits in FP4_BITS.items() for place in bits if place >= 32 and not odd)
 (_ODD_BIT,) = (place for (odd, _, _), bits in FP4_BITS.items() for place in bits if place < 32 and odd)
 _FP4_MOVES = tuple(tuple(_fp4_moves(odd, n3) for n3 in (0, 1)) for odd in (0, 1))
-_FP8_MOVES = _word_moves(list(FP8_BITS))
+_FP8_MOVES = _word_moves(FP8_BITS)
 
 
 @triton.constexpr_function
