@@ -40,7 +40,7 @@ def _contract(call: Call) -> Out:
 
 _PREFERENCES = (
     _preferences.FLASHINFER,
-    _preferences.gluon(2.42, 1.09),
+    _preferences.gluon(2.42, 1.1),
     Preference(
         "triton",
         "cuda",
