@@ -73,7 +73,7 @@ def _weights(s, st, J: gl.constexpr, SUB: gl.constexpr, OPERAND: gl.constexpr, C
 
 
 @gluon.jit
-def _multiply(d, s, out, sums, alpha, M, N, tiles_m, tiles_n, TRIPS, C: gl.constexpr, GROUP: gl.constexpr):
+def _multiply(d, s, out, sums, alpha, M, N, tiles_m, tiles_n, TRIPS, each, more, C: gl.constexpr, GROUP: gl.constexpr):
     BM: gl.constexpr = C.BM
     TOP: gl.constexpr = C.TOP
     REST: gl.constexpr = C.REST
@@ -97,7 +97,7 @@ def _multiply(d, s, out, sums, alpha, M, N, tiles_m, tiles_n, TRIPS, C: gl.const
     else:
         factor = C.FACTOR
     tiles = tiles_m * tiles_n
-    beg, end = share(tiles, TRIPS, C.STREAM)
+    beg, end = share(tiles, each, more, C.STREAM)
     p = beg
     st = PART
     phase = 0
@@ -114,7 +114,7 @@ def _multiply(d, s, out, sums, alpha, M, N, tiles_m, tiles_n, TRIPS, C: gl.const
                 mbarrier.wait(full.index(ahead), phase)
             codes, scales = _fetch(s, ahead, 1 % KS, SUB, C)
     while p < end:
-        t, k0, k1 = piece(p, end, TRIPS, C.STREAM)
+        t, k0, k1, after_p = piece(p, end, TRIPS, C.STREAM)
         pm, pn = tile_at(t, tiles_m, tiles_n, C.BAND)
         acc0 = gl.zeros([64, TOP], gl.float32, ACC)
         if C.R == 2:  # sums of other weight rows
@@ -209,24 +209,24 @@ def _multiply(d, s, out, sums, alpha, M, N, tiles_m, tiles_n, TRIPS, C: gl.const
                 store(acc1, first, row + 64, LAST, d, s, out, alpha, factor, M, N, AT, 0, TOP, ACC, C)
             elif REST:
                 store(acc1, first + TOP, row, place, d, s, out, alpha, factor, M, N, AT + 1, 5, REST, ACC1, C)
-        p += k1 - k0
+        p = after_p
     if C.TMA_STORE:
         tma.store_wait(0)
 
 
 @gluon.jit
-def _group0(d, s, out, sums, alpha, M, N, tiles_m, tiles_n, TRIPS, C: gl.constexpr):
-    _multiply(d, s, out, sums, alpha, M, N, tiles_m, tiles_n, TRIPS, C, 0)
+def _group0(d, s, out, sums, alpha, M, N, tiles_m, tiles_n, TRIPS, each, more, C: gl.constexpr):
+    _multiply(d, s, out, sums, alpha, M, N, tiles_m, tiles_n, TRIPS, each, more, C, 0)
 
 
 @gluon.jit
-def _group1(d, s, out, sums, alpha, M, N, tiles_m, tiles_n, TRIPS, C: gl.constexpr):
-    _multiply(d, s, out, sums, alpha, M, N, tiles_m, tiles_n, TRIPS, C, 1)
+def _group1(d, s, out, sums, alpha, M, N, tiles_m, tiles_n, TRIPS, each, more, C: gl.constexpr):
+    _multiply(d, s, out, sums, alpha, M, N, tiles_m, tiles_n, TRIPS, each, more, C, 1)
 
 
-@gluon.jit(do_not_specialize=["M", "tiles_m", "tiles_n", "TRIPS"])
+@gluon.jit(do_not_specialize=["M", "tiles_m", "tiles_n", "TRIPS", "each", "more"])
 def matmul_kernel(
-    x_desc, codes_desc, scales_desc, out_desc, out, sums, alpha, M, N, tiles_m, tiles_n, TRIPS,
+    x_desc, codes_desc, scales_desc, out_desc, out, sums, alpha, M, N, tiles_m, tiles_n, TRIPS, each, more,
     FMT: gl.constexpr, HALF: gl.constexpr, BM: gl.constexpr, X_ROWS: gl.constexpr, R: gl.constexpr,
     KW: gl.constexpr, KS: gl.constexpr, STAGES: gl.constexpr, AHEAD: gl.constexpr, STREAM: gl.constexpr,
     SUM_EARLY: gl.constexpr, ONCE: gl.constexpr, TMA_STORE: gl.constexpr, BAND: gl.constexpr, ALPHA: gl.constexpr,
@@ -286,7 +286,7 @@ def matmul_kernel(
     fence_async_shared()
     load_first(d, s, M, tiles_m, tiles_n, TRIPS, C)
     gl.warp_specialize([
-        (_group0, (d, s, out, sums, alpha, M, N, tiles_m, tiles_n, TRIPS, C)),
-        (_group1, (d, s, out, sums, alpha, M, N, tiles_m, tiles_n, TRIPS, C)),
-        (loader, (d, s, out, sums, alpha, M, N, tiles_m, tiles_n, TRIPS, C)),
+        (_group0, (d, s, out, sums, alpha, M, N, tiles_m, tiles_n, TRIPS, each, more, C)),
+        (_group1, (d, s, out, sums, alpha, M, N, tiles_m, tiles_n, TRIPS, each, more, C)),
+        (loader, (d, s, out, sums, alpha, M, N, tiles_m, tiles_n, TRIPS, each, more, C)),
     ], [4, 1], [REGISTERS, 24])  # fmt: skip

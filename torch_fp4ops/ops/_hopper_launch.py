@@ -96,7 +96,8 @@ def _multiply_tiles(
     way = cut.way
     assert isinstance(way, Way)
     m, n = out.shape
-    one_tile = cut.tiles_m * cut.tiles_n == cut.programs
+    tiles = cut.tiles_m * cut.tiles_n
+    one_tile = tiles == cut.programs
     plan = tile_plan(way, fmt.name, x.dtype, out.dtype, alpha_form, m, one_tile)
     plan = plan._replace(STREAM=cut.parts > 1, SUM_EARLY=cut.sum_early)
     rows, words = shared_layout(128, 16, 2), shared_layout(0, 32, 2)
@@ -109,15 +110,17 @@ def _multiply_tiles(
     sums = None
     if cut.parts > 1:
         sums = torch.empty(2 * cut.programs * way.rows * way.BM, dtype=torch.float32, device=out.device)
-    sizes = (m, n, cut.tiles_m, cut.tiles_n, cut.trips)
+    each, more = divmod(tiles * cut.trips, cut.programs)
+    sizes = (m, n, cut.tiles_m, cut.tiles_n, cut.trips, each, more)
     args = (x_desc, *weight_descs, out_desc, out, sums, alpha, *sizes)
     most = REGISTERS[way.RESIDENT][0]
     launch(matmul_kernel, (cut.programs,), 128, out.device, *args, max_registers=most, **plan._asdict())
     if sums is not None:
-        grid = (cut.tiles_m * cut.tiles_n * plan.SUBS, triton.cdiv(min(way.BM, m), cut.sum_rows))
+        grid = (tiles * plan.SUBS, triton.cdiv(min(way.BM, m), cut.sum_rows))
         shared: dict[str, Any] = {"BM": plan.BM, "BAND": plan.BAND, "ALPHA": plan.ALPHA, "FACTOR": plan.FACTOR}
         shared |= {"SUBS": plan.SUBS, "ROWS": cut.sum_rows, "PARTS": cut.parts, "EARLY": cut.sum_early}
-        args = (sums, out, alpha, *sizes, cut.programs)
+        shared["ALIKE"] = not more and cut.trips == each * cut.parts
+        args = (sums, out, alpha, *sizes)
         launch(sum_parts_kernel, grid, sum_threads(cut.sum_rows), out.device, *args, **shared)
 
 

@@ -67,17 +67,14 @@ def load_first(d, s, M, tiles_m, tiles_n, TRIPS, C: gl.constexpr):
     Not where parts are added up: there the roles are given while the kernel before still adds.
     """
     if not C.STREAM:
-        wait_for_previous()
         pm, pn = tile_at(gl.program_id(0), tiles_m, tiles_n, C.BAND)
+        wait_for_previous()
         _load_stage(d, s, 0, pm, pn, 0, TRIPS * 4 * C.KW, M, C)
 
 
 @gluon.jit
-def loader(d, s, out, sums, alpha, M, N, tiles_m, tiles_n, TRIPS, C: gl.constexpr):
-    wait_for_previous()
-    if not C.STREAM:  # else what is next adds parts up
-        let_next_start()
-    beg, end = share(tiles_m * tiles_n, TRIPS, C.STREAM)
+def loader(d, s, out, sums, alpha, M, N, tiles_m, tiles_n, TRIPS, each, more, C: gl.constexpr):
+    beg, end = share(tiles_m * tiles_n, each, more, C.STREAM)
     KW: gl.constexpr = C.KW
     STEPS: gl.constexpr = 4 * KW
     STAGES: gl.constexpr = C.TRIP_STAGES
@@ -86,16 +83,21 @@ def loader(d, s, out, sums, alpha, M, N, tiles_m, tiles_n, TRIPS, C: gl.constexp
     p = beg
     st = 0
     phase = 1
+    t, k0, k1, after_p = piece(p, end, TRIPS, C.STREAM)
+    pm, pn = tile_at(t, tiles_m, tiles_n, C.BAND)
+    wait_for_previous()
+    if not C.STREAM:  # else what is next adds parts up
+        let_next_start()
     while p < end:
-        t, k0, k1 = piece(p, end, TRIPS, C.STREAM)
-        pm, pn = tile_at(t, tiles_m, tiles_n, C.BAND)
         for k in range(k0, k1):
             for i in gl.static_range(STAGES):
                 if C.STREAM or i > 0 or (p > beg) | (k > k0):
                     mbarrier.wait(s[4].index(st), phase)
                     _load_stage(d, s, st, pm, pn, k * STEPS + i * C.KS, KT, M, C)
                 st, phase = after(st, phase, i, 1, 0, C)
-        p += k1 - k0
+        p = after_p
+        t, k0, k1, after_p = piece(p, end, TRIPS, C.STREAM)
+        pm, pn = tile_at(t, tiles_m, tiles_n, C.BAND)
     if C.SUM_EARLY:
         let_next_start()
     if not C.MMA:

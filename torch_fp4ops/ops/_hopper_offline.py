@@ -52,7 +52,7 @@ def offline_cases() -> Iterator[AotCase]:
         yield _offline_case(way, "nvfp4", torch.float16, torch.float16)
     for way in (alone[96, 128, False], alone[128, 128, False]):
         yield _offline_case(way, "nvfp4", out_dtype=torch.float32, alpha_form=2)
-    ints = dict.fromkeys(("M", "N", "tiles_m", "tiles_n", "TRIPS", "programs"), "i32")
+    ints = dict.fromkeys(("M", "N", "tiles_m", "tiles_n", "TRIPS", "each", "more"), "i32")
     signature = {"sums": "*fp32", "out": "*bf16", "alpha": "*fp32", **ints}
     summed = ((8, 2, 2, 8), (64, 2, 1, 16), (64, 4, 2, 32), (96, 4, 2, 64), (256, 9, 2, 64), (256, 9, 2, 16))
     for bm, parts, subs, rows in summed:
@@ -64,6 +64,7 @@ def offline_cases() -> Iterator[AotCase]:
             "FACTOR": 128.0,
             "ROWS": rows,
             "PARTS": parts,
+            "ALIKE": rows != 16,
             "EARLY": rows != 16,
         }
         name = f"hopper-sum-{bm}x{parts}-{rows}"
@@ -112,7 +113,7 @@ def _offline_case(
         "scales_desc": f"tensordesc<i32{weight_blocks[1]},{layouts[1]!r}>",
         "out": f"*{_TYPES[out_dtype]}",
         "alpha": "*fp32",
-        **dict.fromkeys(("M", "N", "tiles_m", "tiles_n", "TRIPS"), "i32"),
+        **dict.fromkeys(("M", "N", "tiles_m", "tiles_n", "TRIPS", "each", "more"), "i32"),
     }
     if plan.TMA_STORE:
         signature["out_desc"] = f"tensordesc<{_TYPES[out_dtype]}[{plan.OUT_ROWS}, 64],{layouts[0]!r}>"

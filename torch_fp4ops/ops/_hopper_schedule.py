@@ -15,7 +15,6 @@ __all__ = [
     "first_strip",
     "let_next_start",
     "piece",
-    "program_at",
     "share",
     "sum_parts_kernel",
     "tile_at",
@@ -48,56 +47,68 @@ def first_strip(N, S: gl.constexpr):
 @gluon.jit
 def tile_at(t, tiles_m, tiles_n, BAND: gl.constexpr):
     """Rows of x and of the weight of tile t: bands of BAND rows of tiles, column by column."""
-    band = t // (BAND * tiles_n)
-    rest = t % (BAND * tiles_n)
-    rows = min(BAND, tiles_m - band * BAND)
-    return band * BAND + rest % rows, rest // rows
+    # A division takes some 120 cycles, before anything is loaded, so there are as few as can be.
+    pm = t * 0
+    pn = t
+    if tiles_m > 1:
+        first = t * 0
+        if tiles_m > BAND:
+            first = _quotient(t, BAND * tiles_n) * BAND
+        rows = min(BAND, tiles_m - first)
+        rest = t - first * tiles_n
+        pn = _quotient(rest, rows)
+        pm = first + rest - pn * rows
+    return pm, pn
 
 
 @gluon.jit
-def share(tiles, TRIPS, STREAM: gl.constexpr):
-    """The positions of this program's work, in trips; without STREAM, tiles are numbered by the program."""
+def _quotient(x, y):
+    """Of numbers that are not negative: two thirds of the instructions."""
+    return (x.to(gl.uint32) // y.to(gl.uint32)).to(gl.int32)
+
+
+@gluon.jit
+def share(tiles, each, more, STREAM: gl.constexpr):
+    """The positions where this program's work begins and ends: trips, or without STREAM tiles."""
     i = gl.program_id(0)
-    programs = gl.num_programs(0)
     if STREAM:
-        each = tiles * TRIPS // programs
-        more = tiles * TRIPS % programs
         return i * each + min(i, more), (i + 1) * each + min(i + 1, more)
     else:
-        return i * 0, (tiles - i + programs - 1) // programs * TRIPS
-
-
-@gluon.jit
-def program_at(position, total, programs):
-    """Which program a position of the stream belongs to."""
-    each = total // programs
-    more = total % programs
-    longer = more * (each + 1)
-    return gl.where(position < longer, position // (each + 1), more + (position - longer) // max(each, 1))
+        return i, tiles
 
 
 @gluon.jit
 def piece(p, end, TRIPS, STREAM: gl.constexpr):
-    """The tile at position p and the trips of it that are this program's."""
-    t = p // TRIPS
-    k0 = p - t * TRIPS
-    k1 = min(TRIPS, k0 + end - p)
-    if not STREAM:
-        t = t * gl.num_programs(0) + gl.program_id(0)
-    return t, k0, k1
+    """The tile at position p, the trips of it that are this program's, and the position after them."""
+    if STREAM:
+        t = _quotient(p, TRIPS)
+        k0 = p - t * TRIPS
+        k1 = min(TRIPS, k0 + end - p)
+        return t, k0, k1, p + k1 - k0
+    else:
+        return p, p * 0, TRIPS, p + gl.num_programs(0)
 
 
-@gluon.jit(do_not_specialize=["M", "tiles_m", "tiles_n", "TRIPS", "programs"])
+@gluon.jit
+def _program_at(position, each, more):
+    """Which program a position of the stream belongs to."""
+    longer = more * (each + 1)
+    in_longer = position < longer
+    of = _quotient(gl.where(in_longer, position, position - longer), gl.where(in_longer, each + 1, each))
+    return gl.where(in_longer, of, more + of)
+
+
+@gluon.jit(do_not_specialize=["M", "tiles_m", "tiles_n", "TRIPS", "each", "more"])
 def sum_parts_kernel(
-    sums, out, alpha, M, N, tiles_m, tiles_n, TRIPS, programs,
+    sums, out, alpha, M, N, tiles_m, tiles_n, TRIPS, each, more,
     BM: gl.constexpr, SUBS: gl.constexpr, BAND: gl.constexpr, ALPHA: gl.constexpr, FACTOR: gl.constexpr,
-    ROWS: gl.constexpr, PARTS: gl.constexpr, EARLY: gl.constexpr,
+    ROWS: gl.constexpr, PARTS: gl.constexpr, ALIKE: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
     """Add the parts, at most PARTS, of each tile that several programs of ``matmul_kernel`` shared.
 
-    A program is for 64 weight rows and ROWS of x. EARLY: there is a multiprocessor for each, and they come while the
-    product still runs. Then each takes more than half of the shared memory, as all would start on the few
-    multiprocessors that the product left free, where 64 rows of 4096 x 4096 took 1.4 us longer.
+    A program is for 64 weight rows and ROWS of x. ALIKE: every tile has PARTS. EARLY: there is a multiprocessor for
+    each, and they come while the product still runs. Then each takes more than half of the shared memory, as all would
+    start on the few multiprocessors that the product left free, where 64 rows of 4096 x 4096 took 1.4 us longer.
     """
     WARPS: gl.constexpr = gl.num_warps()
     if EARLY:
@@ -105,15 +116,18 @@ def sum_parts_kernel(
         # 115 of the 227 KB, of which something has to be used.
         room = gl.allocate_shared_memory(gl.int32, [230, 1, 128], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
         room.index(0).store(gl.zeros([1, 128], gl.int32, gl.BlockedLayout([1, 1], [1, 32], [1, WARPS], [1, 0])))
-    wait_for_previous()
-    let_next_start()
     L: gl.constexpr = gl.BlockedLayout([1, 4], [2, 16], [WARPS, 1], [1, 0])
     t = gl.program_id(0) // SUBS
     sub = gl.program_id(0) % SUBS
-    total = tiles_m * tiles_n * TRIPS
-    first = program_at(t * TRIPS, total, programs)
-    last = program_at((t + 1) * TRIPS - 1, total, programs)
+    if ALIKE:
+        first = t * PARTS
+        last = first + (PARTS - 1)
+    else:
+        first = _program_at(t * TRIPS, each, more)
+        last = _program_at((t + 1) * TRIPS - 1, each, more)
     pm, pn = tile_at(t, tiles_m, tiles_n, BAND)
+    wait_for_previous()
+    let_next_start()
     row = gl.program_id(1) * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, L))
     m = pm * BM + row
     col = gl.arange(0, 64, gl.SliceLayout(0, L))
@@ -125,8 +139,8 @@ def sum_parts_kernel(
         place = SUBS * 64 * BM
         value = gl.load(sums + (first * 2 + 1) * place + at, mask=valid, other=0.0)
         for i in gl.static_range(1, PARTS):
-            more = valid & (first + i <= last)
-            value += gl.load(sums + (first * 2 + 2 * i) * place + at, mask=more, other=0.0)
+            there = valid & (first + i <= last)
+            value += gl.load(sums + (first * 2 + 2 * i) * place + at, mask=there, other=0.0)
         if ALPHA == 0:
             value = value * FACTOR
         elif ALPHA == 1:
