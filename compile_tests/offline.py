@@ -94,6 +94,9 @@ def hopper_cases() -> Iterator[Wanted]:
             one, other = (mma, wgmma) if case.constants["BM"] <= 16 else (wgmma, mma)
             copies = r"cp\.async\.cg" if "STEPS" in case.constants else r"cp\.async\.bulk\.tensor"
             has, has_not = (one, copies), (other, r"\.ftz\b")
+            if case.constants.get("CLUSTER", 1) > 1:
+                has += (r"st\.async\.weak\.shared::cluster",)
+                has_not += (r"(?s)%tid\.x.*%tid\.x.*%tid\.x",)  # see _hopper_cluster._threads
         yield Wanted(case, ("sm_90",), has, has_not)
 
 

@@ -29,14 +29,17 @@ def number(value: int) -> Any:
     return torch.tensor(value)
 
 
-def pieces_of(program: int, programs: int, tiles: int, trips: int, stream: bool) -> list[tuple[int, int, int]]:
+def pieces_of(
+    program: int, programs: int, tiles: int, trips: int, stream: bool, cluster: int = 1
+) -> list[tuple[int, int, int]]:
+    plan = SimpleNamespace(STREAM=stream, CLUSTER=cluster)
     schedule.gl.program_id = lambda axis: number(program)
     schedule.gl.num_programs = lambda axis: number(programs)
     each, more = divmod(tiles * trips, programs)
-    p, end = schedule.share(number(tiles), number(each), number(more), stream)
+    p, end = schedule.share(number(tiles), number(each), number(more), plan)
     found = []
     while p < end:
-        t, k0, k1, p = schedule.piece(p, end, number(trips), stream)
+        t, k0, k1, p = schedule.piece(p, end, number(trips), plan)
         found.append((int(t), int(k0), int(k1)))
     return found
 
@@ -52,6 +55,19 @@ def test_every_trip_is_one_programs(tiles, trips, programs, stream):
         for t, k0, k1 in mine:
             seen += [(t, k) for k in range(k0, k1)]
     assert sorted(seen) == list(itertools.product(range(tiles), range(trips)))
+
+
+@settings(max_examples=60, deadline=None)
+@given(tiles=sizes, trips=st.integers(4, 20), cluster=st.sampled_from([2, 4]))
+def test_programs_of_a_cluster_share_a_tile(tiles, trips, cluster):
+    programs = tiles * cluster
+    mine = [pieces_of(program, programs, tiles, trips, False, cluster) for program in range(programs)]
+    assert all(len(pieces) == 1 and pieces[0][0] == i // cluster for i, pieces in enumerate(mine))
+    for t in range(tiles):
+        of_tile = [pieces[0] for pieces in mine[t * cluster : (t + 1) * cluster]]
+        assert [k for _, k0, k1 in of_tile for k in range(k0, k1)] == list(range(trips))
+        lengths = {k1 - k0 for _, k0, k1 in of_tile}
+        assert max(lengths) - min(lengths) <= 1 and max(lengths) == -(-trips // cluster)
 
 
 @settings(max_examples=60, deadline=None)

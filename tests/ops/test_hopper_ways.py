@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 import pytest
 import torch
 from torch import Tensor
 
+from torch_fp4ops import capture
 from torch_fp4ops.block_quantization import dequantize_blocks
+from torch_fp4ops.cuda_graphs import FirstUseInCapture
 from torch_fp4ops.formats import FORMATS, MXFP8, NVFP4, BlockFormat
 from torch_fp4ops.hopper_layout import pack_hopper_weight
 from torch_fp4ops.testing import assert_matmul_close
@@ -22,7 +26,7 @@ PROCESSORS = 132
 
 
 def name_of(way: Way) -> str:
-    flags = "-stream" * way.STREAM + "-once" * way.ONCE
+    flags = "-stream" * way.STREAM + f"-cluster{way.CLUSTER}" * (way.CLUSTER > 1) + "-once" * way.ONCE
     return f"{way.BM}x{way.rows}x{way.KS}-{way.KW}-{way.STAGES}-{way.AHEAD}{flags}-{way.RESIDENT}"
 
 
@@ -43,7 +47,8 @@ def test_stages_are_enough_and_have_room(way, fmt):
         plan = _hopper_kernels.tile_plan(way, fmt.name, torch.bfloat16, torch.bfloat16, 1, one_tile=one_tile)
         assert plan.STAGES % plan.KW == 0  # groups that take turns have stages of their own
         assert (plan.KW if plan.MMA else plan.LEAST_STAGES) <= plan.STAGES
-        assert plan.AHEAD + plan.R <= 3 and not (plan.ONCE and (plan.STREAM or plan.KW > 1 or plan.R > 1))
+        assert plan.AHEAD + plan.R <= 3 and not (plan.ONCE and (plan.STREAM or plan.R > 1))
+        assert plan.KW == 1 or not plan.ONCE or plan.CLUSTER > 1
         used = plan.STAGES * plan.STAGE_BYTES + plan.RESULT_BYTES + _hopper_kernels.BARRIER_BYTES
         assert used <= SHARED_BYTES // way.RESIDENT
         stages.append(plan.STAGES)
@@ -61,7 +66,7 @@ def test_few_rows_beyond_the_last_are_loaded(tile):
 
 def test_small_weights_are_shared_by_warp_groups():
     """Tiles of 64 rows give more multiprocessors one than tiles of 128."""
-    for m, n, k in ((32, 7168, 2048), (64, 7168, 2048), (128, 4096, 4096), (256, 4096, 4096)):
+    for m, n, k in ((32, 7168, 2048), (64, 7168, 2048), (128, 4096, 4096), (256, 2048, 4096)):
         way = choose(m, n, k, PROCESSORS).way
         assert isinstance(way, Way) and way.KW == 2 and not way.STREAM
 
@@ -75,6 +80,38 @@ def test_rows_between_powers_of_two_have_tiles_of_their_own():
     ):
         chosen = [choose(m, n, k, PROCESSORS, fmt=fmt).way.BM for fmt in FORMATS]
         assert chosen == [rows] * len(FORMATS)
+
+
+@ways
+def test_boxes_of_a_cluster_are_apart_and_have_room(way):
+    plan = _hopper_kernels.tile_plan(way, "nvfp4", torch.bfloat16, torch.bfloat16, 1)
+    assert (plan.CLUSTER_BYTES > 0) == (way.CLUSTER > 1)
+    if way.CLUSTER > 1:
+        taken = set()
+        for box in plan.BOXES:
+            assert box.size == 128 * 4 * box.numbers * (way.CLUSTER - 1) and box.numbers % 4 == box.at % 16 == 0
+            taken |= {*range(box.at, box.at + box.size), *range(box.full, box.full + 8)}
+        assert len(taken) == sum(box.size + 8 for box in plan.BOXES) and max(taken) < plan.CLUSTER_BYTES
+        assert plan.CLUSTER_BYTES % 16 == 0
+        assert sum(box.numbers for box in plan.BOXES) * 128 * way.CLUSTER == way.rows * way.BM
+
+
+@pytest.mark.parametrize("processors", [78, PROCESSORS])
+def test_all_clusters_run_at_a_time(processors):
+    seen = set()
+    for n in range(128, 8320, 128):
+        for m in (17, 40, 64, 90, 200, 500):
+            chosen = choose(m, n, 4096, processors)
+            if isinstance(chosen.way, Way) and chosen.way.CLUSTER > 1:
+                seen.add(chosen.way.CLUSTER)
+                tiles = chosen.tiles_m * chosen.tiles_n
+                assert chosen.programs == tiles * chosen.way.CLUSTER and chosen.parts == 1
+                # Of 8 groups, each an even number of multiprocessors, every one may have two that no four take.
+                left = [2 * groups for groups in range(9) if (processors - 2 * groups) % 4 == 0]
+                assert tiles <= (processors // 2 if chosen.way.CLUSTER == 2 else (processors - max(left)) // 4)
+            without = choose(m, n, 4096, processors, clusters=False).way
+            assert not isinstance(without, Way) or without.CLUSTER == 1
+    assert seen == {2, 4}
 
 
 @pytest.mark.parametrize("processors", [78, PROCESSORS])
@@ -125,12 +162,51 @@ def test_a_way_is_right_and_always_the_same(way, fmt):
 @ways
 def test_a_way_is_right_for_other_types(way):
     needs_hopper()
-    m, n, k = way.BM + 5, 512, 512 * way.KW
+    m, n, k = way.BM + 5, 512, 256 * way.KW * max(2, way.CLUSTER)
     chosen = cut(way, m, n, k, torch.cuda.get_device_properties(0).multi_processor_count)
     assert chosen is not None
     check_way(chosen, m, n, k, NVFP4, torch.float16, torch.float16)
     if way in float32_ways([way]):
         check_way(chosen, m, n, k, NVFP4, out_dtype=torch.float32)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("m", "n", "k"), [(40, 4096, 4096), (30, 1536, 7168), (250, 2048, 7168)])
+def test_ops_with_clusters_at_once_and_in_graphs(m, n, k):
+    """At once: worked out, traced, and replayed, which launch in three ways."""
+    needs_hopper()
+    way = choose(m, n, k, torch.cuda.get_device_properties(0).multi_processor_count).way
+    assert isinstance(way, Way) and way.CLUSTER > 1
+    codes = torch.randint(0, 256, (n, k // 2), device="cuda").to(torch.uint8)
+    scales = torch.randint(0x20, 0x40, (n, k // 16), device="cuda").to(torch.uint8)
+    weight, scale = pack_hopper_weight(codes, scales, NVFP4)
+    x = torch.randn(m, k, device="cuda").bfloat16()
+
+    def product() -> Tensor:
+        return torch.ops.fp4.mm_bf16_fp4(x, weight, scale, block_size=16, b_layout="hopper", backend="gluon")
+
+    first = product()
+    assert_matmul_close(first, x, dequantize_blocks(codes, scales, NVFP4))
+    assert all(torch.equal(product(), first) for _ in range(5))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = product()
+    out.zero_()
+    graph.replay()
+    assert torch.equal(out, first)
+
+
+@pytest.mark.gpu
+def test_first_use_of_clusters_is_refused_in_a_capture(monkeypatch):
+    needs_hopper()
+    from torch_fp4ops.ops._hopper_gemm import matmul_kernel
+
+    chosen = choose(64, 4096, 4096, PROCESSORS)
+    assert isinstance(chosen.way, Way) and chosen.way.CLUSTER > 1
+    monkeypatch.setattr(matmul_kernel, "device_caches", defaultdict(matmul_kernel.create_binder))
+    monkeypatch.setattr(capture, "capturing", lambda: True)
+    with pytest.raises(FirstUseInCapture, match="Triton kernel matmul_kernel would be compiled"):
+        check_way(chosen, 64, 4096, 4096, NVFP4)
 
 
 def check_way(

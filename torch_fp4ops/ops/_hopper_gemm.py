@@ -6,7 +6,8 @@ stages; two warp groups decode and multiply. Up to 16 rows they use ``mma``, whi
 narrow a right operand; above, ``wgmma``, and the next step is decoded while the tensor cores work on this one. Tiles
 of 96 and 192 rows of x have two accumulators, as a tensor's sizes are powers of two.
 
-A program is persistent and works through the tiles as ``_hopper_schedule`` says.
+A program is persistent and works through the tiles as ``_hopper_schedule`` says, or it has a part of one tile, whose
+other parts are those of its cluster (``_hopper_cluster``).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from ._hopper_cluster import add_parts, arrive, arrive_and_wait, open_boxes, wait_for_boxes
 from ._hopper_decode import decode, fetch
 from ._hopper_load import after, load_first, loader
 from ._hopper_plan import Plan
@@ -33,11 +35,12 @@ __all__ = ["matmul_kernel"]
 
 @gluon.constexpr_function
 def _plan(
-    FMT, HALF, BM, X_ROWS, R, KW, KS, STAGES, AHEAD, STREAM, SUM_EARLY, ONCE, TMA_STORE, BAND, ALPHA, FACTOR, REGISTERS
-):
+    FMT, HALF, BM, X_ROWS, R, KW, KS, STAGES, AHEAD, STREAM, CLUSTER, SUM_EARLY, ONCE, TMA_STORE, BAND, ALPHA, FACTOR,
+    REGISTERS,
+):  # fmt: skip
     return Plan(
-        FMT, HALF, BM, X_ROWS, R, KW, KS, STAGES, AHEAD, STREAM, SUM_EARLY, ONCE, TMA_STORE, BAND, ALPHA, FACTOR,
-        REGISTERS,
+        FMT, HALF, BM, X_ROWS, R, KW, KS, STAGES, AHEAD, STREAM, CLUSTER, SUM_EARLY, ONCE, TMA_STORE, BAND, ALPHA,
+        FACTOR, REGISTERS,
     )  # fmt: skip
 
 
@@ -97,7 +100,7 @@ def _multiply(d, s, out, sums, alpha, M, N, tiles_m, tiles_n, TRIPS, each, more,
     else:
         factor = C.FACTOR
     tiles = tiles_m * tiles_n
-    beg, end = share(tiles, each, more, C.STREAM)
+    beg, end = share(tiles, each, more, C)
     p = beg
     st = PART
     phase = 0
@@ -114,7 +117,7 @@ def _multiply(d, s, out, sums, alpha, M, N, tiles_m, tiles_n, TRIPS, each, more,
                 mbarrier.wait(full.index(ahead), phase)
             codes, scales = _fetch(s, ahead, 1 % KS, SUB, C)
     while p < end:
-        t, k0, k1, after_p = piece(p, end, TRIPS, C.STREAM)
+        t, k0, k1, after_p = piece(p, end, TRIPS, C)
         pm, pn = tile_at(t, tiles_m, tiles_n, C.BAND)
         acc0 = gl.zeros([64, TOP], gl.float32, ACC)
         if C.R == 2:  # sums of other weight rows
@@ -186,6 +189,8 @@ def _multiply(d, s, out, sums, alpha, M, N, tiles_m, tiles_n, TRIPS, each, more,
             else:
                 acc0, acc1 = add_shared(acc0, acc1, s, turn, ACC, ACC1, SUB, C)
             turn = turn ^ 1
+        if C.CLUSTER > 1:
+            wait_for_boxes()
         if PART > 0:
             pass
         elif C.STREAM and k1 - k0 < TRIPS:
@@ -197,18 +202,26 @@ def _multiply(d, s, out, sums, alpha, M, N, tiles_m, tiles_n, TRIPS, each, more,
                 store_part(to + 64 * TOP, acc1, REST or TOP, ACC1)
         else:
             first = pm * BM
+            first1 = first + TOP
             row = (pn * C.SUBS + SUB) * 64
+            if C.CLUSTER > 1:
+                rank = gl.program_id(0) % C.CLUSTER
+                acc0 = add_parts(acc0, SUB * C.ACCUMULATORS, C)
+                first += rank * (TOP // C.CLUSTER)
+                if REST:
+                    acc1 = add_parts(acc1, SUB * C.ACCUMULATORS + 1, C)
+                    first1 += rank * (REST // C.CLUSTER)
             if C.TMA_STORE:
                 tma.store_wait(0)
                 place = free_place(s, ahead, phase, SUB, C)
             else:
                 place = 0
             AT: gl.constexpr = C.FIRST_RESULT
-            store(acc0, first, row, place, d, s, out, alpha, factor, M, N, AT, 0, TOP, ACC, C)
+            store(acc0, first, row, place, d, s, out, alpha, factor, M, N, AT, 0, C)
             if C.R == 2:
-                store(acc1, first, row + 64, LAST, d, s, out, alpha, factor, M, N, AT, 0, TOP, ACC, C)
+                store(acc1, first, row + 64, LAST, d, s, out, alpha, factor, M, N, AT, 0, C)
             elif REST:
-                store(acc1, first + TOP, row, place, d, s, out, alpha, factor, M, N, AT + 1, 5, REST, ACC1, C)
+                store(acc1, first1, row, place, d, s, out, alpha, factor, M, N, AT + 1, 5, C)
         p = after_p
     if C.TMA_STORE:
         tma.store_wait(0)
@@ -221,6 +234,8 @@ def _group0(d, s, out, sums, alpha, M, N, tiles_m, tiles_n, TRIPS, each, more, C
 
 @gluon.jit
 def _group1(d, s, out, sums, alpha, M, N, tiles_m, tiles_n, TRIPS, each, more, C: gl.constexpr):
+    if C.CLUSTER > 1:
+        arrive()
     _multiply(d, s, out, sums, alpha, M, N, tiles_m, tiles_n, TRIPS, each, more, C, 1)
 
 
@@ -229,16 +244,16 @@ def matmul_kernel(
     x_desc, codes_desc, scales_desc, out_desc, out, sums, alpha, M, N, tiles_m, tiles_n, TRIPS, each, more,
     FMT: gl.constexpr, HALF: gl.constexpr, BM: gl.constexpr, X_ROWS: gl.constexpr, R: gl.constexpr,
     KW: gl.constexpr, KS: gl.constexpr, STAGES: gl.constexpr, AHEAD: gl.constexpr, STREAM: gl.constexpr,
-    SUM_EARLY: gl.constexpr, ONCE: gl.constexpr, TMA_STORE: gl.constexpr, BAND: gl.constexpr, ALPHA: gl.constexpr,
-    FACTOR: gl.constexpr, REGISTERS: gl.constexpr,
+    CLUSTER: gl.constexpr, SUM_EARLY: gl.constexpr, ONCE: gl.constexpr, TMA_STORE: gl.constexpr, BAND: gl.constexpr,
+    ALPHA: gl.constexpr, FACTOR: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """``out = (x @ w.T) * alpha``; N is a multiple of 128, TRIPS times KW times 256 the padded K.
 
     Descriptors have the blocks of ``_hopper_launch``; ``sums`` is ``[programs, 2, SUBS, BM, 64]`` float32 with STREAM.
     """
     C: gl.constexpr = _plan(
-        FMT, HALF, BM, X_ROWS, R, KW, KS, STAGES, AHEAD, STREAM, SUM_EARLY, ONCE, TMA_STORE, BAND, ALPHA, FACTOR,
-        REGISTERS,
+        FMT, HALF, BM, X_ROWS, R, KW, KS, STAGES, AHEAD, STREAM, CLUSTER, SUM_EARLY, ONCE, TMA_STORE, BAND, ALPHA,
+        FACTOR, REGISTERS,
     )  # fmt: skip
     SUBS: gl.constexpr = C.SUBS
     LOADS: gl.constexpr = STAGES * C.LOADS
@@ -284,9 +299,20 @@ def matmul_kernel(
             parts1 = gl.allocate_shared_memory(gl.float32, [SUBS * (KW - 1), 64, REST], SWIZZLED)
             s = s + (parts1,)  # type: ignore[assignment]  # noqa: RUF005
     fence_async_shared()
+    if CLUSTER > 1:
+        open_boxes(C)
     load_first(d, s, M, tiles_m, tiles_n, TRIPS, C)
-    gl.warp_specialize([
-        (_group0, (d, s, out, sums, alpha, M, N, tiles_m, tiles_n, TRIPS, each, more, C)),
-        (_group1, (d, s, out, sums, alpha, M, N, tiles_m, tiles_n, TRIPS, each, more, C)),
-        (loader, (d, s, out, sums, alpha, M, N, tiles_m, tiles_n, TRIPS, each, more, C)),
-    ], [4, 1], [REGISTERS, 24])  # fmt: skip
+    if CLUSTER > 1:  # all warps have to arrive, also those that fill the loading one's group
+        gl.warp_specialize([
+            (_group0, (d, s, out, sums, alpha, M, N, tiles_m, tiles_n, TRIPS, each, more, C)),
+            (_group1, (d, s, out, sums, alpha, M, N, tiles_m, tiles_n, TRIPS, each, more, C)),
+            (loader, (d, s, out, sums, alpha, M, N, tiles_m, tiles_n, TRIPS, each, more, C)),
+            (arrive_and_wait, ()),
+            (arrive_and_wait, ()),
+        ], [4, 1, 2, 1], [REGISTERS, 24, 24, 24])  # fmt: skip
+    else:
+        gl.warp_specialize([
+            (_group0, (d, s, out, sums, alpha, M, N, tiles_m, tiles_n, TRIPS, each, more, C)),
+            (_group1, (d, s, out, sums, alpha, M, N, tiles_m, tiles_n, TRIPS, each, more, C)),
+            (loader, (d, s, out, sums, alpha, M, N, tiles_m, tiles_n, TRIPS, each, more, C)),
+        ], [4, 1], [REGISTERS, 24])  # fmt: skip

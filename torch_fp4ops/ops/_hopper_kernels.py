@@ -81,10 +81,11 @@ def tile_plan(
         STAGES=way.STAGES,
         AHEAD=way.AHEAD,
         STREAM=way.STREAM,
+        CLUSTER=way.CLUSTER,
         SUM_EARLY=False,
-        ONCE=way.ONCE,
-        # The others are stored by threads: narrow tiles and shared ones gain little, and float32 has no room.
-        TMA_STORE=way.BM >= 64 and (way.R == 2 or not way.STREAM) and out_dtype != torch.float32,
+        ONCE=way.ONCE or way.CLUSTER > 1,
+        # The others are stored by threads: few rows and tiles in parts gain little, and float32 has no room.
+        TMA_STORE=way.BM // way.CLUSTER >= 48 and (way.R == 2 or not way.STREAM) and out_dtype != torch.float32,
         BAND=way.BAND,
         ALPHA=alpha_form,
         FACTOR=FACTORS[fmt],
@@ -92,7 +93,7 @@ def tile_plan(
     )
     if fmt == "mxfp8":
         # Weights are twice as large: as many stages as have room, which results of a program's one tile share.
-        once = way.ONCE or (one_tile and plan.TMA_STORE and plan.SUBS == 2)
+        once = plan.ONCE or (one_tile and plan.TMA_STORE and plan.SUBS == 2)
         plan = plan._replace(KS=min(way.KS, 2), ONCE=once)
         room = SHARED_BYTES // way.RESIDENT - BARRIER_BYTES - plan.RESULT_BYTES
         most = room // plan.STAGE_BYTES // way.KW * way.KW

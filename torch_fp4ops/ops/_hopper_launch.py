@@ -28,7 +28,15 @@ from ._hopper_kernels import (
 from ._hopper_ways import AtOnce, Cut, Strips, Way, choose, decodes
 from ._triton_dequantize import decoded
 from ._triton_gemm_launch import Operand
-from ._triton_launch import INTERPRETED, LAYOUT_CODES, global_scale_form, launch, processors, rows_of_units
+from ._triton_launch import (
+    INTERPRETED,
+    LAUNCHES_CLUSTERS,
+    LAYOUT_CODES,
+    global_scale_form,
+    launch,
+    processors,
+    rows_of_units,
+)
 
 __all__ = ["multiply", "product", "unavailable"]
 
@@ -65,7 +73,7 @@ def product(a: Operand, weight: Tensor, scale: Tensor, fmt: BlockFormat, out: Te
     n = out.shape[1]
     k = weight.shape[1] * fmt.elements_per_byte
     if out.numel():
-        cut = choose(out.shape[0], n, k, processors(out.device), out.dtype, a.k % 64 == 0, fmt.name)
+        cut = choose(out.shape[0], n, k, processors(out.device), out.dtype, a.k % 64 == 0, fmt.name, LAUNCHES_CLUSTERS)
         multiply(a, weight, scale, fmt, out, alpha, cut)
 
 
@@ -114,7 +122,8 @@ def _multiply_tiles(
     sizes = (m, n, cut.tiles_m, cut.tiles_n, cut.trips, each, more)
     args = (x_desc, *weight_descs, out_desc, out, sums, alpha, *sizes)
     most = REGISTERS[way.RESIDENT][0]
-    launch(matmul_kernel, (cut.programs,), 128, out.device, *args, max_registers=most, **plan._asdict())
+    cluster = {"cluster": plan.CLUSTER, "cluster_bytes": plan.CLUSTER_BYTES}
+    launch(matmul_kernel, (cut.programs,), 128, out.device, *args, max_registers=most, **cluster, **plan._asdict())
     if sums is not None:
         grid = (tiles * plan.SUBS, triton.cdiv(min(way.BM, m), cut.sum_rows))
         shared: dict[str, Any] = {"BM": plan.BM, "BAND": plan.BAND, "ALPHA": plan.ALPHA, "FACTOR": plan.FACTOR}

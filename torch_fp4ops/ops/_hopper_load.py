@@ -7,6 +7,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from ._gluon import async_load
+from ._hopper_cluster import arrive, wait_for_boxes
 from ._hopper_schedule import let_next_start, piece, share, tile_at, wait_for_previous
 
 __all__ = ["after", "load_first", "loader"]
@@ -67,14 +68,19 @@ def load_first(d, s, M, tiles_m, tiles_n, TRIPS, C: gl.constexpr):
     Not where parts are added up: there the roles are given while the kernel before still adds.
     """
     if not C.STREAM:
-        pm, pn = tile_at(gl.program_id(0), tiles_m, tiles_n, C.BAND)
+        STEPS: gl.constexpr = 4 * C.KW
+        p, end = share(tiles_m * tiles_n, 0, 0, C)
+        t, k0, _, _ = piece(p, end, TRIPS, C)
+        pm, pn = tile_at(t, tiles_m, tiles_n, C.BAND)
         wait_for_previous()
-        _load_stage(d, s, 0, pm, pn, 0, TRIPS * 4 * C.KW, M, C)
+        _load_stage(d, s, 0, pm, pn, k0 * STEPS, TRIPS * STEPS, M, C)
 
 
 @gluon.jit
 def loader(d, s, out, sums, alpha, M, N, tiles_m, tiles_n, TRIPS, each, more, C: gl.constexpr):
-    beg, end = share(tiles_m * tiles_n, each, more, C.STREAM)
+    if C.CLUSTER > 1:
+        arrive()
+    beg, end = share(tiles_m * tiles_n, each, more, C)
     KW: gl.constexpr = C.KW
     STEPS: gl.constexpr = 4 * KW
     STAGES: gl.constexpr = C.TRIP_STAGES
@@ -83,7 +89,7 @@ def loader(d, s, out, sums, alpha, M, N, tiles_m, tiles_n, TRIPS, each, more, C:
     p = beg
     st = 0
     phase = 1
-    t, k0, k1, after_p = piece(p, end, TRIPS, C.STREAM)
+    t, k0, k1, after_p = piece(p, end, TRIPS, C)
     pm, pn = tile_at(t, tiles_m, tiles_n, C.BAND)
     wait_for_previous()
     if not C.STREAM:  # else what is next adds parts up
@@ -96,7 +102,7 @@ def loader(d, s, out, sums, alpha, M, N, tiles_m, tiles_n, TRIPS, each, more, C:
                     _load_stage(d, s, st, pm, pn, k * STEPS + i * C.KS, KT, M, C)
                 st, phase = after(st, phase, i, 1, 0, C)
         p = after_p
-        t, k0, k1, after_p = piece(p, end, TRIPS, C.STREAM)
+        t, k0, k1, after_p = piece(p, end, TRIPS, C)
         pm, pn = tile_at(t, tiles_m, tiles_n, C.BAND)
     if C.SUM_EARLY:
         let_next_start()
@@ -106,3 +112,5 @@ def loader(d, s, out, sums, alpha, M, N, tiles_m, tiles_n, TRIPS, each, more, C:
             mbarrier.wait(s[4].index(st), phase)
             mbarrier.expect(s[3].index(st), 0)
             st, phase = after(st, phase, i, 1, 0, C)
+    if C.CLUSTER > 1:
+        wait_for_boxes()

@@ -17,7 +17,7 @@ from ._hopper_kernels import (
     sum_threads,
     tile_plan,
 )
-from ._hopper_ways import AT_ONCE, STRIPS, WAYS, AtOnce, Strips, Way, decodes
+from ._hopper_ways import AT_ONCE, STRIPS, WAYS, AtOnce, Strips, Way, decodes, float32_ways
 from ._triton_launch import AotCase
 
 __all__ = ["offline_cases"]
@@ -37,7 +37,7 @@ def offline_cases() -> Iterator[AotCase]:
             tiles[case.name] = case
     yield from tiles.values()
     once = next(way for way in WAYS if way.ONCE)
-    alone = {(way.BM, way.rows, way.STREAM): way for way in WAYS if way.RESIDENT == 1}
+    alone = {(way.BM, way.rows, way.STREAM): way for way in WAYS if way.RESIDENT == way.CLUSTER == 1}
     shared, tall, most = alone[128, 64, False], alone[192, 128, False], alone[256, 128, False]
     wide, wide_stream = alone[128, 256, False], alone[128, 256, True]
     for way in (shared, once, tall, most):
@@ -50,7 +50,10 @@ def offline_cases() -> Iterator[AotCase]:
         yield _offline_case(way, "mxfp8")
     for way in (WAYS[0], wide, tall, most):
         yield _offline_case(way, "nvfp4", torch.float16, torch.float16)
-    for way in (alone[96, 128, False], alone[128, 128, False]):
+    clustered = [way for way in WAYS if way.CLUSTER > 1]
+    for way in clustered[::3]:
+        yield _offline_case(way, "mxfp8")
+    for way in (alone[96, 128, False], alone[128, 128, False], float32_ways(clustered)[-1]):
         yield _offline_case(way, "nvfp4", out_dtype=torch.float32, alpha_form=2)
     ints = dict.fromkeys(("M", "N", "tiles_m", "tiles_n", "TRIPS", "each", "more"), "i32")
     signature = {"sums": "*fp32", "out": "*bf16", "alpha": "*fp32", **ints}
@@ -123,7 +126,8 @@ def _offline_case(
         if name not in signature:
             constants[name] = None
     kind = f"{fmt}-{_TYPES[dtype]}-{_TYPES[out_dtype]}"
-    tile = f"{way.BM}x{way.rows}{f'-kw{way.KW}' * (way.KW > 1)}{'-stream' * plan.STREAM}{'-once' * plan.ONCE}"
+    tile = f"{way.BM}x{way.rows}{f'-kw{way.KW}' * (way.KW > 1)}{'-stream' * plan.STREAM}"
+    tile += f"{f'-cluster{plan.CLUSTER}' * (plan.CLUSTER > 1)}{'-once' * plan.ONCE}"
     tile += f"-{plan.STAGES}x{plan.KS}-{way.RESIDENT}{f'-rows{plan.X_ROWS}' * (plan.X_ROWS < way.BM)}"
     most = REGISTERS[way.RESIDENT][0]
     return AotCase(f"hopper-{kind}-{tile}", matmul_kernel, signature, constants, 128, ("N",), most)

@@ -18,6 +18,17 @@ def power_of_two_within(rows: int) -> int:
     return 1 << rows.bit_length() - 1
 
 
+class Box(NamedTuple):
+    """Shared memory for the parts that come from the other programs of a cluster."""
+
+    at: int
+    full: int
+    """Where its barrier is."""
+    size: int
+    numbers: int
+    """Of a thread, from each other program."""
+
+
 class Plan(NamedTuple):
     """A kernel of ``_hopper_gemm``, whose programs have tiles of weight rows."""
 
@@ -38,6 +49,8 @@ class Plan(NamedTuple):
     AHEAD: int
     """How many steps before its product a tile of codes is fetched from shared memory: 1, or 2 if not R == 2."""
     STREAM: bool
+    CLUSTER: int
+    """Programs of a thread block cluster, which have one tile's parts and add them up; 1 where there are none."""
     SUM_EARLY: bool
     """What adds parts up, so only with STREAM, may start once the last load is issued."""
     ONCE: bool
@@ -69,9 +82,14 @@ class Plan(NamedTuple):
         return self.BM - self.TOP
 
     @property
+    def ACCUMULATORS(self) -> int:
+        """Of a tile of 64 weight rows."""
+        return 2 if self.REST else 1
+
+    @property
     def OUT_ROWS(self) -> int:
         """Rows of results a TMA store."""
-        return self.REST or self.BM
+        return (self.REST or self.BM) // self.CLUSTER
 
     @property
     def SUBS(self) -> int:
@@ -139,9 +157,25 @@ class Plan(NamedTuple):
         return self.KS * (self.BM * 128 + weights)
 
     @property
+    def BOXES(self) -> list[Box]:
+        """For what programs of a cluster send each other, of each tile of 64 weight rows and accumulator."""
+        sizes = [64 * rows // self.CLUSTER for _ in range(self.SUBS) for rows in (self.TOP, self.REST) if rows]
+        others = 4 * (self.CLUSTER - 1)
+        barriers = others * sum(sizes)
+        return [
+            Box(others * sum(sizes[:i]), barriers + 8 * i, others * size, size // 128) for i, size in enumerate(sizes)
+        ]
+
+    @property
+    def CLUSTER_BYTES(self) -> int:
+        """Shared memory for boxes."""
+        return 0 if self.CLUSTER == 1 else self.BOXES[-1].full + 16 & -16
+
+    @property
     def RESULT_BYTES(self) -> int:
-        """Shared memory beside the stages: for results, and for sums of the groups that share a tile."""
-        return self.SUBS * 64 * self.BM * (2 * self.RESULTS_APART + 4 * (self.KW - 1))
+        """Shared memory beside the stages: for results, and for sums of groups and of programs that share a tile."""
+        beside = 2 * self.RESULTS_APART + 4 * (self.KW - 1)
+        return self.SUBS * 64 * self.BM * beside + self.CLUSTER_BYTES
 
 
 def _planes(fmt: str) -> int:

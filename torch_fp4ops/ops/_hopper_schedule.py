@@ -3,7 +3,8 @@
 Work is counted in trips, steps of 256 (times ``KW``) along K, through the tiles in order. A program has whole tiles
 (``STREAM`` off), or an equal share of all trips wherever that begins and ends. Then parts of a tile go to a workspace,
 and ``sum_parts_kernel`` adds them in the order of K, so that the result depends on nothing but the arguments. A kernel
-of its own is quicker than what its two alternatives, counters and waiting, cost, and needs no state between calls.
+of its own is quicker than what its two alternatives, counters and waiting, cost, and needs no state between calls. Or
+the programs of a cluster have a part of one tile each (``CLUSTER``), and add them up among themselves.
 """
 
 from __future__ import annotations
@@ -68,19 +69,24 @@ def _quotient(x, y):
 
 
 @gluon.jit
-def share(tiles, each, more, STREAM: gl.constexpr):
+def share(tiles, each, more, C: gl.constexpr):
     """The positions where this program's work begins and ends: trips, or without STREAM tiles."""
     i = gl.program_id(0)
-    if STREAM:
+    if C.CLUSTER > 1:
+        return i // C.CLUSTER, i // C.CLUSTER + 1
+    elif C.STREAM:
         return i * each + min(i, more), (i + 1) * each + min(i + 1, more)
     else:
         return i, tiles
 
 
 @gluon.jit
-def piece(p, end, TRIPS, STREAM: gl.constexpr):
+def piece(p, end, TRIPS, C: gl.constexpr):
     """The tile at position p, the trips of it that are this program's, and the position after them."""
-    if STREAM:
+    if C.CLUSTER > 1:
+        rank = gl.program_id(0) % C.CLUSTER
+        return p, TRIPS * rank // C.CLUSTER, TRIPS * (rank + 1) // C.CLUSTER, p + 1
+    elif C.STREAM:
         t = _quotient(p, TRIPS)
         k0 = p - t * TRIPS
         k1 = min(TRIPS, k0 + end - p)

@@ -19,8 +19,8 @@ def free_place(s, ahead, phase, SUB: gl.constexpr, C: gl.constexpr):
         return SUB
     # Nothing is loaded any more into the stages after the last one that was looked at. Each is free once the loading
     # warp would find it so, since the other warp group may be multiplying what was there before.
-    for i in gl.static_range(SUB + 1):
-        ahead, phase = after(ahead, phase, C.EXTRA_STAGES - 1 + i, 1, 0, C)
+    for i in gl.static_range(SUB + C.KW):
+        ahead, phase = after(ahead, phase, C.EXTRA_STAGES - C.KW + i, 1, 0, C)
     mbarrier.wait(s[4].index(ahead), phase ^ 1)
     return ahead * C.KS
 
@@ -28,10 +28,12 @@ def free_place(s, ahead, phase, SUB: gl.constexpr, C: gl.constexpr):
 @gluon.jit
 def store(
     acc, first, row, place, d, s, out, alpha, factor, M, N,
-    IN: gl.constexpr, RING: gl.constexpr, ROWS: gl.constexpr, ACC: gl.constexpr, C: gl.constexpr,
+    IN: gl.constexpr, RING: gl.constexpr, C: gl.constexpr,
 ):  # fmt: skip
-    """Multiply sums of 64 weight rows from ``row`` on and ROWS of x from ``first`` on by the factor or by each row's,
+    """Multiply sums of 64 weight rows from ``row`` on and rows of x from ``first`` on by the factor or by each row's,
     round once and store them transposed; by TMA from ``place`` in buffers IN, which are the RING's with ONCE."""
+    ROWS: gl.constexpr = acc.shape[1]
+    ACC: gl.constexpr = acc.type.layout
     m = first + gl.arange(0, ROWS, gl.SliceLayout(0, ACC))
     if C.ALPHA == 2:
         acc = acc * (gl.load(alpha + m, mask=m < M, other=0.0) * C.FACTOR)[None, :]

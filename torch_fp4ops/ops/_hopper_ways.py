@@ -41,6 +41,8 @@ class Way(NamedTuple):
     STAGES: int = 4
     AHEAD: int = 1
     STREAM: bool = False
+    CLUSTER: int = 1
+    """Programs that have a part of K of one tile each."""
     ONCE: bool = False
     RESIDENT: int = 1
     """Programs that a multiprocessor holds."""
@@ -117,6 +119,19 @@ WAYS = (
     Way(128, R=2, STAGES=5, start=1.1, step=0.667, tile=0.3, fp8=1.01),
     Way(192, STAGES=6, STREAM=True, start=3.2, step=0.544, tile=2.8, alike=0.9, fp8=1.06),
     Way(192, STAGES=5, start=3.1, step=0.468, tile=2.7, fp8=1.03),
+    Way(32, KW=2, KS=2, STAGES=12, AHEAD=2, CLUSTER=2, start=4.5, step=0.087, fp8=1.25),
+    Way(32, KW=2, KS=2, STAGES=12, AHEAD=2, CLUSTER=4, start=4.5, step=0.087, fp8=1.25),
+    Way(64, KW=2, KS=2, STAGES=8, AHEAD=2, CLUSTER=2, start=4.7, step=0.1106, fp8=1.14),
+    Way(64, KW=2, KS=2, STAGES=8, AHEAD=2, CLUSTER=4, start=4.4, step=0.1106, fp8=1.06),
+    Way(64, KS=2, STAGES=6, AHEAD=2, CLUSTER=2, start=5.0, step=0.196, fp8=1.12),
+    Way(64, KS=2, STAGES=6, AHEAD=2, CLUSTER=4, start=4.5, step=0.2, fp8=1.06),
+    Way(96, KW=2, STAGES=8, CLUSTER=2, start=5.4, step=0.172, fp8=1.06),
+    Way(96, KS=2, AHEAD=2, CLUSTER=2, start=5.3, step=0.273, fp8=1.05),
+    Way(128, KW=2, STAGES=8, CLUSTER=2, start=5.8, step=0.171, fp8=1.1),
+    Way(128, KS=2, AHEAD=2, CLUSTER=2, start=4.9, step=0.31, fp8=1.19),
+    Way(128, KS=2, AHEAD=2, CLUSTER=4, start=4.9, step=0.31, fp8=1.19),
+    Way(192, STAGES=5, CLUSTER=2, start=5.6, step=0.457, fp8=1.03),
+    Way(256, CLUSTER=2, start=4.0, step=0.65, fp8=1.01),
     Way(256, STREAM=True, start=3.9, step=0.698, tile=4.4, alike=0.89),
     Way(256, start=1.6, step=0.65, fp8=1.01),
 )
@@ -199,15 +214,16 @@ def cut(way: Way | Strips | AtOnce, m: int, n: int, k: int, processors: int, fmt
         return _cut_to_strips(way, n, k, processors)
     trips, rest = divmod(k, 256 * way.KW)
     tiles_n, rest_n = divmod(n, way.rows)
-    if rest or rest_n:
-        return None
     tiles_m = triton.cdiv(m, way.BM)
     tiles = tiles_m * tiles_n
     slots = processors * way.RESIDENT
-    if way.ONCE and tiles > slots:
+    clustered = way.CLUSTER > 1
+    if rest or rest_n or (way.ONCE and tiles > slots):
+        return None
+    if clustered and (trips < way.CLUSTER or tiles > _clusters(way.CLUSTER, processors)):
         return None
     total = tiles * trips
-    programs, parts = min(tiles, slots), 1
+    programs, parts = tiles * way.CLUSTER if clustered else min(tiles, slots), 1
     if way.STREAM:
         # An equal number of whole parts for each tile where there are few, so that no program has two.
         programs = min(slots // tiles, trips) * tiles if tiles <= slots else min(slots, total)
@@ -215,7 +231,7 @@ def cut(way: Way | Strips | AtOnce, m: int, n: int, k: int, processors: int, fmt
         if parts == 1 and way.BM >= 64:
             return None  # the ways of whole tiles have room for more
     most_tiles = triton.cdiv(tiles, programs)
-    most_trips = triton.cdiv(total, programs) if way.STREAM else most_tiles * trips
+    most_trips = triton.cdiv(total, programs) if way.STREAM else most_tiles * triton.cdiv(trips, way.CLUSTER)
     alike = total % programs == 0 and trips % (total // programs) == 0
     step = (way.shared_step if programs > processors else way.step) * (way.alike if alike else 1)
     step *= way.fp8 if fmt == "mxfp8" else 1
@@ -228,6 +244,14 @@ def cut(way: Way | Strips | AtOnce, m: int, n: int, k: int, processors: int, fmt
         us += _SUM_EARLY_START if sum_early else _SUM_START
         us += shared * 4 * way.rows * (way.BM + rows) / _SUM_BYTES_PER_US
     return Cut(way, programs, tiles_m, tiles_n, trips, parts, us, sum_rows, sum_early)
+
+
+def _clusters(size: int, processors: int) -> int:
+    """How many clusters run at a time at least.
+
+    Multiprocessors come in pairs, and a cluster's are all of one of 8 groups: of four, each may have two over.
+    """
+    return processors // 2 if size == 2 else (processors - 16) // 4
 
 
 def _summing(tiles: int, tile: int, rows: int, processors: int) -> tuple[int, bool]:
@@ -292,14 +316,17 @@ def choose(
     out_dtype: torch.dtype = torch.bfloat16,
     whole_steps: bool = True,
     fmt: str = "nvfp4",
+    clusters: bool = True,
 ) -> Cut:
     """The cut of least predicted time for m rows and a weight of n x k, padded.
 
-    ``whole_steps``: K is a multiple of 64 without padding too, which strips need.
+    Args:
+        whole_steps: K is a multiple of 64 without padding too, which strips need.
+        clusters: they can be launched.
     """
     least = next((bm for bm in (8, 16, 32, 64) if m <= bm), 64)
     most = 4 * least if m > 32 else least
-    tiles = [way for way in WAYS if least <= way.BM <= most]
+    tiles = [way for way in WAYS if least <= way.BM <= most and (clusters or way.CLUSTER == 1)]
     if whole_steps:
         at_once = (cut(way, m, n, k, processors, fmt) for way in AT_ONCE if least == way.BM)
         fits = next((each for each in at_once if each is not None), None)

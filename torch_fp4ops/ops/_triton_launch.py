@@ -18,6 +18,7 @@ from ..contracts import Call
 
 __all__ = [
     "INTERPRETED",
+    "LAUNCHES_CLUSTERS",
     "LAUNCH_OPTIONS",
     "LAYOUT_CODES",
     "AotCase",
@@ -40,8 +41,12 @@ LAYOUT_CODES = {scale_layouts.LINEAR: 0, scale_layouts.SWIZZLED_128X4: 1, scale_
 _OLDEST_CAPABILITY = (8, 0)
 EARLY_START_VARIABLE = "TORCH_FP4OPS_EARLY_START"
 
-# What CompiledKernel.run takes, which Triton's own launch spends 2 us on collecting, was the same from 3.6 to 3.9.
+# What CompiledKernel.run takes, which Triton's own launch spends 2 us on collecting, was the same from 3.6 to 3.9, and
+# packed_metadata: warps, programs of a cluster, bytes of shared memory.
 _KNOWN_TO_RUN = (3, 6) <= tuple(map(int, triton.__version__.split(".")[:2])) <= (3, 9)
+
+LAUNCHES_CLUSTERS = _KNOWN_TO_RUN
+"""Whether :func:`launch` can have thread block clusters, given a GPU that has them."""
 
 LAUNCH_OPTIONS = {
     # Contraction of products and sums into FMAs would change bits; where one is wanted the kernels say fma.
@@ -127,7 +132,7 @@ def _refuse_to_compile_in_capture(before: Callable[..., bool | None] | None) -> 
 
     def hook(**compilation: Any) -> bool | None:
         fn = compilation["fn"]
-        if fn.module.startswith("torch_fp4ops.") and not compilation["is_manual_warmup"]:
+        if fn.module.startswith("torch_fp4ops."):
             refuse_first_use(f"Triton kernel {fn.name} would be compiled or loaded")
         return before(**compilation) if before is not None else None
 
@@ -151,6 +156,8 @@ def launch(
     device: torch.device,
     *args: Any,
     max_registers: int | None = None,
+    cluster: int = 1,
+    cluster_bytes: int = 0,
     **constants: Any,
 ) -> None:
     """Launch a grid of programs of so many threads on a device, which need not be the current one.
@@ -158,6 +165,11 @@ def launch(
     Every launch of a replayable backend is one of this function's. From compute capability 9.0 on it is a programmatic
     dependent one, unless ``TORCH_FP4OPS_EARLY_START=0``: each kernel is set up while the one before it ends, and waits
     for that (``wait_for_previous``) before it touches memory.
+
+    Args:
+        cluster: programs of a thread block cluster, which the grid is a multiple of. The kernel is compiled as one
+            without clusters, and what its programs have of each other is its own affair.
+        cluster_bytes: shared memory for that, at the end of a program's.
     """
     options: dict[str, Any] = dict(LAUNCH_OPTIONS, num_warps=max(1, threads // _warp_size(device)))
     if _starts_early(device):
@@ -166,11 +178,22 @@ def launch(
         options["maxnreg"] = max_registers
     trace = replay.tracing()
     with device_guard(device), trace.pause() if trace is not None else contextlib.nullcontext():
-        compiled = kernel[grid](*args, **constants, **options)
+        if cluster == 1:
+            compiled = kernel[grid](*args, **constants, **options)
+        else:
+            compiled = kernel.run(*args, grid=grid, warmup=True, **constants, **options)
+            shared = triton.cdiv(compiled.metadata.shared, 16) * 16 + cluster_bytes
+            compiled.packed_metadata = (compiled.packed_metadata[0], cluster, shared)
+            grid = (grid[0] // cluster, *grid[1:])  # Triton's are of clusters
+            _launcher(compiled, grid, device.index)(*_all_values(kernel, args, constants))
     if trace is not None:
-        values = dict(zip(kernel.arg_names, args, strict=False), **constants)
         again = kernel[grid] if INTERPRETED else _launcher(compiled, grid, device.index)
-        trace.launched(again, [values[name] for name in kernel.arg_names], addresses=not INTERPRETED)
+        trace.launched(again, _all_values(kernel, args, constants), addresses=not INTERPRETED)
+
+
+def _all_values(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any]) -> list[Any]:
+    values = dict(zip(kernel.arg_names, args, strict=False), **constants)
+    return [values[name] for name in kernel.arg_names]
 
 
 def _launcher(compiled: Any, grid: tuple[int, ...], device: int) -> Callable[..., None]:
