@@ -262,7 +262,7 @@ def _measure_all(options: argparse.Namespace, command: str) -> list[Row]:
     if options.plain:
         from torch_fp4ops.ops._triton_launch import EARLY_START_VARIABLE
 
-        os.environ[EARLY_START_VARIABLE] = "0"
+        os.environ[EARLY_START_VARIABLE] = "within"
     floor = timing.Ceilings(options.tbps * 1e3, options.tflops, 0.0)
     facts = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "command": command}
     timer = _timer(options, device)
@@ -319,7 +319,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--replay-us", type=float, default=timing.QUICK.replay_us, help="of one replay of a short call")
     neighbour = "put a plain kernel of one element between calls, and take its time alone off"
     parser.add_argument("--neighbour", action="store_true", help=neighbour)
-    parser.add_argument("--plain", action="store_true", help="without early starts: every call is plain graph nodes")
+    parser.add_argument(
+        "--plain", action="store_true", help="no call starts before the one in front has ended: plain graph nodes"
+    )
     parser.add_argument("--csv", metavar="FILE", help="write the rows, each as soon as it is there")
     parser.add_argument("--plot", metavar="DIR", help="draw maps of the speed-ups (needs matplotlib)")
     parser.add_argument("--from", dest="rows_from", metavar="FILE", help="take the rows of an earlier --csv")

@@ -151,7 +151,7 @@ def test_without_a_gpu_it_says_so(capsys, monkeypatch):
     assert "allowed: mm_bf16_fp4" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("more", "value"), [([], "1"), (["--plain"], "0")])
+@pytest.mark.parametrize(("more", "value"), [([], "1"), (["--plain"], "within")])
 def test_plain_nodes_have_no_early_starts(monkeypatch, more, value):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     monkeypatch.setattr(gemm_table, "measure", lambda *_: iter(()))

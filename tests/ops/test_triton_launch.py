@@ -30,7 +30,7 @@ class Recorded:
 @pytest.mark.parametrize(("early", "given"), [(True, {"launch_pdl": True}), (False, {})])
 def test_a_launch_says_so_only_where_kernels_start_early(monkeypatch, early, given):
     """ROCm's launcher knows no such option."""
-    monkeypatch.setattr(_triton_launch, "_starts_early", lambda device: early)
+    monkeypatch.setattr(_triton_launch, "_starts_early", lambda device, second: early)
     kernel = Recorded()
     _triton_launch.launch(kernel, (1,), 128, torch.device("cpu"), 1)
     assert kernel.options == {"num_warps": 4, "enable_fp_fusion": False, **given}
@@ -39,11 +39,13 @@ def test_a_launch_says_so_only_where_kernels_start_early(monkeypatch, early, giv
 @pytest.mark.parametrize(
     ("capability", "hip", "said", "early"),
     [
-        ((9, 0), None, None, True),
-        ((12, 0), None, "1", True),
-        ((8, 9), None, None, False),
-        ((9, 4), "7.0", None, False),
-        ((9, 0), None, "0", False),
+        ((9, 0), None, None, (True, True)),
+        ((12, 0), None, "1", (True, True)),
+        ((8, 9), None, None, (False, False)),
+        ((9, 4), "7.0", None, (False, False)),
+        ((9, 0), None, "0", (False, False)),
+        ((9, 0), None, "within", (False, True)),
+        ((8, 0), None, "within", (False, False)),
     ],
 )
 def test_kernels_start_early_from_9_0_on_unless_told_otherwise(monkeypatch, capability, hip, said, early):
@@ -52,5 +54,12 @@ def test_kernels_start_early_from_9_0_on_unless_told_otherwise(monkeypatch, capa
     monkeypatch.delenv(EARLY_START_VARIABLE, raising=False)
     if said is not None:
         monkeypatch.setenv(EARLY_START_VARIABLE, said)
-    assert _triton_launch._starts_early.__wrapped__(GPU) == early
-    assert not _triton_launch._starts_early.__wrapped__(torch.device("cpu"))
+    for second in (False, True):
+        assert _triton_launch._starts_early.__wrapped__(GPU, second) == early[second]
+        assert not _triton_launch._starts_early.__wrapped__(torch.device("cpu"), second)
+
+
+def test_another_way_to_start_is_refused(monkeypatch):
+    monkeypatch.setenv(EARLY_START_VARIABLE, "no")
+    with pytest.raises(ValueError, match="TORCH_FP4OPS_EARLY_START is 'no'; allowed: '1', 'within', '0'"):
+        _triton_launch._starts_early.__wrapped__(GPU, False)

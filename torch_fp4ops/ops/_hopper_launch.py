@@ -82,18 +82,27 @@ def multiply(
 ) -> None:
     """``product``, cut up in a given way."""
     alpha, alpha_form = global_scale_form(alpha)
-    if a.scales is not None and not decodes(cut.way, fmt.name, a.k, out.shape[0]):
+    second = a.scales is not None and not decodes(cut.way, fmt.name, a.k, out.shape[0])
+    if second:
         a = Operand(decoded(a, torch.bfloat16))
     if isinstance(cut.way, AtOnce):
-        _multiply_at_once(a, weight, scale, fmt, out, alpha, alpha_form, cut)
+        _multiply_at_once(a, weight, scale, fmt, out, alpha, alpha_form, cut, second)
     elif isinstance(cut.way, Strips):
-        _multiply_strips(a, weight, scale, fmt, out, alpha, alpha_form, cut)
+        _multiply_strips(a, weight, scale, fmt, out, alpha, alpha_form, cut, second)
     else:
-        _multiply_tiles(a.elements, weight, scale, fmt, out, alpha, alpha_form, cut)
+        _multiply_tiles(a.elements, weight, scale, fmt, out, alpha, alpha_form, cut, second)
 
 
 def _multiply_tiles(
-    x: Tensor, weight: Tensor, scale: Tensor, fmt: BlockFormat, out: Tensor, alpha: Any, alpha_form: int, cut: Cut
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    fmt: BlockFormat,
+    out: Tensor,
+    alpha: Any,
+    alpha_form: int,
+    cut: Cut,
+    second: bool,
 ) -> None:
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
@@ -121,20 +130,28 @@ def _multiply_tiles(
     each, more = divmod(tiles * cut.trips, cut.programs)
     sizes = (m, n, cut.tiles_m, cut.tiles_n, cut.trips, each, more)
     args = (x_desc, *weight_descs, out_desc, out, sums, alpha, *sizes)
-    most = REGISTERS[way.RESIDENT][0]
-    cluster = {"cluster": plan.CLUSTER, "cluster_bytes": plan.CLUSTER_BYTES}
-    launch(matmul_kernel, (cut.programs,), 128, out.device, *args, max_registers=most, **cluster, **plan._asdict())
+    how: dict[str, Any] = {"max_registers": REGISTERS[way.RESIDENT][0], "second": second}
+    how |= {"cluster": plan.CLUSTER, "cluster_bytes": plan.CLUSTER_BYTES}
+    launch(matmul_kernel, (cut.programs,), 128, out.device, *args, **how, **plan._asdict())
     if sums is not None:
         grid = (tiles * plan.SUBS, triton.cdiv(min(way.BM, m), cut.sum_rows))
         shared: dict[str, Any] = {"BM": plan.BM, "BAND": plan.BAND, "ALPHA": plan.ALPHA, "FACTOR": plan.FACTOR}
         shared |= {"SUBS": plan.SUBS, "ROWS": cut.sum_rows, "PARTS": cut.parts, "EARLY": cut.sum_early}
         shared["ALIKE"] = not more and cut.trips == each * cut.parts
         args = (sums, out, alpha, *sizes)
-        launch(sum_parts_kernel, grid, sum_threads(cut.sum_rows), out.device, *args, **shared)
+        launch(sum_parts_kernel, grid, sum_threads(cut.sum_rows), out.device, *args, second=True, **shared)
 
 
 def _multiply_strips(
-    a: Operand, weight: Tensor, scale: Tensor, fmt: BlockFormat, out: Tensor, alpha: Any, alpha_form: int, cut: Cut
+    a: Operand,
+    weight: Tensor,
+    scale: Tensor,
+    fmt: BlockFormat,
+    out: Tensor,
+    alpha: Any,
+    alpha_form: int,
+    cut: Cut,
+    second: bool,
 ) -> None:
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
@@ -162,11 +179,19 @@ def _multiply_strips(
         for words, block in zip((codes, scales), weight_blocks, strict=True)
     ]
     args = (rows[0], *weight_descs, *rows[1:], out, alpha, m, n, a.k // 64, cut.trips)
-    launch(strips_kernel, (cut.programs,), 128, out.device, *args, **plan._asdict())
+    launch(strips_kernel, (cut.programs,), 128, out.device, *args, second=second, **plan._asdict())
 
 
 def _multiply_at_once(
-    a: Operand, weight: Tensor, scale: Tensor, fmt: BlockFormat, out: Tensor, alpha: Any, alpha_form: int, cut: Cut
+    a: Operand,
+    weight: Tensor,
+    scale: Tensor,
+    fmt: BlockFormat,
+    out: Tensor,
+    alpha: Any,
+    alpha_form: int,
+    cut: Cut,
+    second: bool,
 ) -> None:
     from ._hopper_at_once import at_once_kernel
 
@@ -180,7 +205,7 @@ def _multiply_at_once(
     plan = at_once_plan(way, fmt.name, x.dtype, cut.trips, x_layout, alpha_form)
     words = (data.view(torch.int32) for data in (weight, scale))
     args = (x, x_scales, x_units, x_cols, *words, out, alpha, m, n, a.k // 64)
-    launch(at_once_kernel, (cut.programs,), 32 * plan.WARPS, out.device, *args, **plan._asdict())
+    launch(at_once_kernel, (cut.programs,), 32 * plan.WARPS, out.device, *args, second=second, **plan._asdict())
 
 
 def _quantized_words(x: Tensor, a: Operand, m: int, fmt: BlockFormat) -> tuple[Tensor, Tensor, int, int]:

@@ -245,6 +245,7 @@ def matmul(
             out,
             m,
             n // n_unit,
+            second=True,
             N_UNIT=n_unit,
             SPLITS=parts,
             ALPHA=alpha_form,

@@ -40,6 +40,8 @@ LAYOUT_CODES = {scale_layouts.LINEAR: 0, scale_layouts.SWIZZLED_128X4: 1, scale_
 
 _OLDEST_CAPABILITY = (8, 0)
 EARLY_START_VARIABLE = "TORCH_FP4OPS_EARLY_START"
+EARLY_STARTS = {"1": (True, True), "within": (False, True), "0": (False, False)}
+"""What it may be: whether a call's first kernel starts early, and whether others do."""
 
 # What CompiledKernel.run takes, which Triton's own launch spends 2 us on collecting, was the same from 3.6 to 3.9, and
 # packed_metadata: warps, programs of a cluster, bytes of shared memory.
@@ -114,8 +116,11 @@ def processors(device: torch.device, on_cpu: int = 1) -> int:
 
 
 @functools.cache
-def _starts_early(device: torch.device) -> bool:
-    if torch.version.hip is not None or device.type != "cuda" or os.environ.get(EARLY_START_VARIABLE) == "0":
+def _starts_early(device: torch.device, second: bool) -> bool:
+    said = os.environ.get(EARLY_START_VARIABLE, "1")
+    if said not in EARLY_STARTS:
+        raise ValueError(f"{EARLY_START_VARIABLE} is {said!r}; allowed: {', '.join(map(repr, EARLY_STARTS))}")
+    if torch.version.hip is not None or device.type != "cuda" or not EARLY_STARTS[said][second]:
         return False
     return torch.cuda.get_device_capability(device) >= (9, 0)
 
@@ -156,6 +161,7 @@ def launch(
     device: torch.device,
     *args: Any,
     max_registers: int | None = None,
+    second: bool = False,
     cluster: int = 1,
     cluster_bytes: int = 0,
     **constants: Any,
@@ -163,16 +169,17 @@ def launch(
     """Launch a grid of programs of so many threads on a device, which need not be the current one.
 
     Every launch of a replayable backend is one of this function's. From compute capability 9.0 on it is a programmatic
-    dependent one, unless ``TORCH_FP4OPS_EARLY_START=0``: each kernel is set up while the one before it ends, and waits
-    for that (``wait_for_previous``) before it touches memory.
+    dependent one, unless ``TORCH_FP4OPS_EARLY_START`` says otherwise (``EARLY_STARTS``): each kernel is set up while
+    the one before it ends, and waits for that (``wait_for_previous``) before it touches memory.
 
     Args:
+        second: what is launched before this on the stream is a kernel of the same call.
         cluster: programs of a thread block cluster, which the grid is a multiple of. The kernel is compiled as one
             without clusters, and what its programs have of each other is its own affair.
         cluster_bytes: shared memory for that, at the end of a program's.
     """
     options: dict[str, Any] = dict(LAUNCH_OPTIONS, num_warps=max(1, threads // _warp_size(device)))
-    if _starts_early(device):
+    if _starts_early(device, second):
         options["launch_pdl"] = True
     if max_registers is not None:
         options["maxnreg"] = max_registers

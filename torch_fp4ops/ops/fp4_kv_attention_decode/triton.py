@@ -123,7 +123,7 @@ def attend(
     )
     if sums is not None:
         constants = {"PER": PER[fmt], "D": dim, "SPLITS": splits, "PADDED": triton.next_power_of_2(splits)}
-        launch(combine_kernel, (batch * q_heads,), 128, q.device, sums, stats, out, **constants)
+        launch(combine_kernel, (batch * q_heads,), 128, q.device, sums, stats, out, second=True, **constants)
     return out
 
 
