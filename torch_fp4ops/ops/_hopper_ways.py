@@ -126,7 +126,7 @@ WAYS = (
     Way(64, KS=2, STAGES=6, AHEAD=2, CLUSTER=2, start=5.0, step=0.196, fp8=1.12),
     Way(64, KS=2, STAGES=6, AHEAD=2, CLUSTER=4, start=4.5, step=0.2, fp8=1.06),
     Way(96, KW=2, STAGES=8, CLUSTER=2, start=5.4, step=0.172, fp8=1.06),
-    Way(96, KS=2, AHEAD=2, CLUSTER=2, start=5.3, step=0.273, fp8=1.05),
+    Way(96, KS=2, AHEAD=2, CLUSTER=2, start=5.2, step=0.28, fp8=1.05),
     Way(128, KW=2, STAGES=8, CLUSTER=2, start=5.8, step=0.171, fp8=1.1),
     Way(128, KS=2, AHEAD=2, CLUSTER=2, start=4.9, step=0.31, fp8=1.19),
     Way(128, KS=2, AHEAD=2, CLUSTER=4, start=4.9, step=0.31, fp8=1.19),
