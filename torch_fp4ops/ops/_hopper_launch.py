@@ -7,7 +7,7 @@ backends in plain Triton, which ask ``unavailable`` first.
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -77,6 +77,21 @@ def product(a: Operand, weight: Tensor, scale: Tensor, fmt: BlockFormat, out: Te
         multiply(a, weight, scale, fmt, out, alpha, cut)
 
 
+class _Product(NamedTuple):
+    """What the launchers below take."""
+
+    a: Operand
+    weight: Tensor
+    scale: Tensor
+    fmt: BlockFormat
+    out: Tensor
+    alpha: Any
+    alpha_form: int
+    cut: Cut
+    second: bool
+    """Behind a kernel of the same call, which decoded the activations."""
+
+
 def multiply(
     a: Operand, weight: Tensor, scale: Tensor, fmt: BlockFormat, out: Tensor, alpha: Tensor | None, cut: Cut
 ) -> None:
@@ -85,31 +100,23 @@ def multiply(
     second = a.scales is not None and not decodes(cut.way, fmt.name, a.k, out.shape[0])
     if second:
         a = Operand(decoded(a, torch.bfloat16))
+    given = _Product(a, weight, scale, fmt, out, alpha, alpha_form, cut, second)
     if isinstance(cut.way, AtOnce):
-        _multiply_at_once(a, weight, scale, fmt, out, alpha, alpha_form, cut, second)
+        _multiply_at_once(given)
     elif isinstance(cut.way, Strips):
-        _multiply_strips(a, weight, scale, fmt, out, alpha, alpha_form, cut, second)
+        _multiply_strips(given)
     else:
-        _multiply_tiles(a.elements, weight, scale, fmt, out, alpha, alpha_form, cut, second)
+        _multiply_tiles(given)
 
 
-def _multiply_tiles(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    fmt: BlockFormat,
-    out: Tensor,
-    alpha: Any,
-    alpha_form: int,
-    cut: Cut,
-    second: bool,
-) -> None:
+def _multiply_tiles(given: _Product) -> None:
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     from ._hopper_gemm import matmul_kernel
     from ._hopper_schedule import sum_parts_kernel
 
-    x, _ = _whole_rows(x)
+    a, weight, scale, fmt, out, alpha, alpha_form, cut, second = given
+    x, _ = _whole_rows(a.elements)
     way = cut.way
     assert isinstance(way, Way)
     m, n = out.shape
@@ -142,21 +149,12 @@ def _multiply_tiles(
         launch(sum_parts_kernel, grid, sum_threads(cut.sum_rows), out.device, *args, second=True, **shared)
 
 
-def _multiply_strips(
-    a: Operand,
-    weight: Tensor,
-    scale: Tensor,
-    fmt: BlockFormat,
-    out: Tensor,
-    alpha: Any,
-    alpha_form: int,
-    cut: Cut,
-    second: bool,
-) -> None:
+def _multiply_strips(given: _Product) -> None:
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     from ._hopper_strips import strips_kernel
 
+    a, weight, scale, fmt, out, alpha, alpha_form, cut, second = given
     way = cut.way
     assert isinstance(way, Strips)
     m, n = out.shape
@@ -182,19 +180,10 @@ def _multiply_strips(
     launch(strips_kernel, (cut.programs,), 128, out.device, *args, second=second, **plan._asdict())
 
 
-def _multiply_at_once(
-    a: Operand,
-    weight: Tensor,
-    scale: Tensor,
-    fmt: BlockFormat,
-    out: Tensor,
-    alpha: Any,
-    alpha_form: int,
-    cut: Cut,
-    second: bool,
-) -> None:
+def _multiply_at_once(given: _Product) -> None:
     from ._hopper_at_once import at_once_kernel
 
+    a, weight, scale, fmt, out, alpha, alpha_form, cut, second = given
     way = cut.way
     assert isinstance(way, AtOnce)
     m, n = out.shape
