@@ -40,7 +40,7 @@ def _contract(call: Call) -> Out:
 
 _PREFERENCES = (
     _preferences.FLASHINFER,
-    _preferences.gluon(2.42, 1.1),
+    _preferences.gluon(2.46, 1.11),
     Preference(
         "triton",
         "cuda",
