@@ -14,7 +14,7 @@ import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
-from ._gluon import copy_async, warp_group_barrier
+from ._gluon import copy_async, run_asm, warp_group_barrier
 from ._hopper_decode import decode_strip, warp_bases
 from ._hopper_plan import AtOncePlan
 from ._hopper_rows import decode_rows, load_rows
@@ -38,13 +38,13 @@ def _wait_asm(later):
 @gluon.jit
 def _wait_for_own(LATER: gl.constexpr):
     """For what the threads of this warp have asked for, but for the last ``LATER`` groups."""
-    gl.inline_asm_elementwise(_wait_asm(LATER), "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+    run_asm(_wait_asm(LATER))
 
 
 @gluon.jit
 def _keep_in_order():
     """So that ptxas moves no load behind the copies that follow."""
-    gl.inline_asm_elementwise("bar.warp.sync -1; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+    run_asm("bar.warp.sync -1; // $0")
 
 
 @gluon.constexpr_function

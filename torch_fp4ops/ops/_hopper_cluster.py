@@ -13,6 +13,8 @@ from __future__ import annotations
 import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
 
+from ._gluon import run_asm
+
 __all__ = ["add_parts", "arrive", "arrive_and_wait", "open_boxes", "wait_for_boxes"]
 
 
@@ -44,23 +46,19 @@ def _open_asm(C):
 @gluon.jit
 def open_boxes(C: gl.constexpr):
     """By the warps that a program starts with, before it has others."""
-    gl.inline_asm_elementwise(_open_asm(C), "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+    run_asm(_open_asm(C))
 
 
 @gluon.jit
 def arrive():
     """By each other warp: a cluster's boxes are there once all warps of its programs have come."""
-    gl.inline_asm_elementwise(
-        "barrier.cluster.arrive.release.aligned; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1
-    )
+    run_asm("barrier.cluster.arrive.release.aligned; mov.u32 $0, 0;")
 
 
 @gluon.jit
 def wait_for_boxes():
     """By each warp that has arrived, before it sends anything or ends."""
-    gl.inline_asm_elementwise(
-        "barrier.cluster.wait.acquire.aligned; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1
-    )
+    run_asm("barrier.cluster.wait.acquire.aligned; mov.u32 $0, 0;")
 
 
 @gluon.jit

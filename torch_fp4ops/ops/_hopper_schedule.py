@@ -12,6 +12,8 @@ from __future__ import annotations
 import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
 
+from ._gluon import run_asm
+
 __all__ = [
     "first_strip",
     "let_next_start",
@@ -26,14 +28,12 @@ __all__ = [
 @gluon.jit
 def wait_for_previous():
     """As ``_triton_prims.wait_for_previous``, to which there is more, for each warp group that touches memory."""
-    gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+    run_asm("griddepcontrol.wait; // $0")
 
 
 @gluon.jit
 def let_next_start():
-    gl.inline_asm_elementwise(
-        "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
-    )
+    run_asm("griddepcontrol.launch_dependents; // $0")
 
 
 @gluon.jit
