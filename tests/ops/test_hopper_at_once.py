@@ -8,9 +8,10 @@ from unittest import mock
 import pytest
 import torch
 
+from torch_fp4ops.block_quantization import dequantize_blocks
 from torch_fp4ops.formats import FORMATS, MXFP8, NVFP4
 from torch_fp4ops.hopper_layout import pack_hopper_weight
-from torch_fp4ops.testing import assert_same_bytes
+from torch_fp4ops.testing import assert_matmul_close, assert_same_bytes
 
 from .test_hopper import storable
 from .test_hopper_strips import (
@@ -29,6 +30,7 @@ pytest.importorskip("triton.experimental.gluon", reason="needs Gluon")
 from torch_fp4ops.ops import _hopper_kernels, _hopper_launch
 from torch_fp4ops.ops._hopper_plan import SHARED_BYTES, AtOncePlan
 from torch_fp4ops.ops._hopper_ways import AT_ONCE, AtOnce, choose, cut, decodes
+from torch_fp4ops.ops._triton_dequantize import decoded as decoded_before
 
 ways = pytest.mark.parametrize("way", AT_ONCE, ids=lambda way: f"{way.BM}x{way.S}")
 formats = pytest.mark.parametrize("fmt", FORMATS.values(), ids=lambda fmt: fmt.name)
@@ -51,8 +53,10 @@ class Simulated:
             given = torch.as_strided(x, (m, k_steps, 64), (8 * x_units, 64, 1)).float()
         else:
             layout = "128x4" if plan.X_LAYOUT == 1 else "8x4"
-            given = decoded_rows(x, x_scales, x_units, x_cols, layout, m, k_steps, self.fmt).view(m, k_steps, 64)
-        rows[:k_steps, :m] = given.transpose(0, 1)
+            assert x.dtype == (torch.int16 if plan.BY_WARP else torch.int32)
+            codes_of_x = x.view(torch.int32)
+            given = decoded_rows(codes_of_x, x_scales, x_units, x_cols, layout, m, k_steps, self.fmt)
+        rows[:k_steps, :m] = given.view(m, k_steps, 64).transpose(0, 1)
         codes, scales = codes.flatten(), scales.flatten()
         first = min(i * plan.S, n // 16 - plan.S)
         for strip in range(first, first + plan.S):
@@ -101,19 +105,19 @@ def test_one_row_may_have_any_stride():
 def test_what_is_chosen_has_room(fmt, m):
     """Shared memory for all of it, also where rows are decoded there, and a multiprocessor for each program."""
     chosen = decoding = 0
-    for n, k in itertools.product(range(128, 17000, 128 * 7), range(256, 17000, 256)):
-        way = choose(m, n, k, 132, fmt=fmt.name)
+    for n, k, quantized in itertools.product(range(128, 17000, 128 * 7), range(256, 17000, 256), (False, True)):
+        way = choose(m, n, k, 132, fmt=fmt.name, quantized=quantized)
         if not isinstance(way.way, AtOnce):
             continue
         chosen += 1
         assert way.programs <= 132 and way.programs * way.way.S * 16 >= n
-        for x_layout in (0, 1) if decodes(way.way, fmt.name, k, m) else (0,):
-            plan = _hopper_kernels.at_once_plan(way.way, fmt.name, torch.bfloat16, way.trips, x_layout, 1)
-            assert plan.SHARED_BYTES <= SHARED_BYTES and plan.TURNS * plan.WARPS >= way.trips == k // 64
-            assert plan.KS >= plan.TURNS * plan.WARPS and plan.BM % plan.ROWS == 0
-            decoding += x_layout
+        x_layout = int(quantized and decodes(way.way, fmt.name, k, m))
+        plan = _hopper_kernels.at_once_plan(way.way, fmt.name, torch.bfloat16, way.trips, x_layout, 1)
+        assert plan.SHARED_BYTES <= SHARED_BYTES and plan.TURNS * plan.WARPS >= way.trips == k // 64
+        assert plan.KS >= plan.TURNS * plan.WARPS and plan.BM % plan.ROWS == 0
+        decoding += x_layout
         smaller = [each for each in AT_ONCE if each.BM == way.way.BM and each.S < way.way.S]
-        assert all(cut(each, m, n, k, 132, fmt.name) is None for each in smaller)
+        assert all(cut(each, m, n, k, 132, fmt.name, quantized) is None for each in smaller)
     assert chosen > 50 and 0 < decoding <= chosen
 
 
@@ -123,8 +127,11 @@ def test_small_weights_are_asked_for_at_once():
         assert not isinstance(choose(m, n, k, 132, whole_steps=False).way, AtOnce)
     assert not isinstance(choose(1, 28672, 8192, 132).way, AtOnce)
     assert not isinstance(choose(17, 4096, 4096, 132).way, AtOnce)
-    assert isinstance(choose(1, 4096, 2048, 132, fmt="mxfp8").way, AtOnce)
-    assert not isinstance(choose(1, 4096, 4096, 132, fmt="mxfp8").way, AtOnce)  # twice the bytes
+    for m in (1, 16):
+        assert isinstance(choose(m, 7168, 2048, 132, fmt="mxfp8", quantized=True).way, AtOnce)
+    # x of 16 bits takes twice the room of codes.
+    assert isinstance(choose(16, 4096, 4096, 132, fmt="mxfp8", quantized=True).way, AtOnce)
+    assert not isinstance(choose(16, 4096, 4096, 132, fmt="mxfp8").way, AtOnce)
 
 
 @pytest.mark.gpu
@@ -162,8 +169,27 @@ def test_a_way_is_right_for_other_types(way):
 def test_rows_decoded_in_the_product_are_those_decoded_before(fmt, way):
     """Bit for bit, also where programs are many and calls follow each other; NaN and infinite scales included."""
     needs_hopper()
-    sizes = [(1, 896, 512), (way.BM, 2048 * way.S, 960), (way.BM - 3, 256, 1344), (2, 1024, 4096)]
+    sizes = [(1, 896, 512), (way.BM, 2048 * way.S, 960), (way.BM - 3, 256, 1344), (2, 1024, 4096), (3, 1024, 5440)]
     check_decoded_rows(fmt, way, sizes)
+
+
+@pytest.mark.gpu
+def test_rows_of_which_only_codes_have_room():
+    needs_hopper()
+    m, n, k = 16, 4096, 4096
+    chosen = choose(m, n, k, 132, fmt="mxfp8", quantized=True)
+    assert isinstance(chosen.way, AtOnce) and cut(chosen.way, m, n, k, 132, "mxfp8") is None
+    codes, scales = storable(1, n, k, MXFP8)
+    scales = torch.where(scales == 255, 127, scales)
+    weight, scale = (t.cuda() for t in pack_hopper_weight(codes, scales, MXFP8))
+    for layout in ("128x4", "8x4"):
+        rows = quantized_rows(m, k, MXFP8, layout, 2, "cuda")
+        outs = [torch.full((m, n), 7.0, device="cuda") for _ in range(20)]
+        for out in outs:
+            _hopper_launch.multiply(rows, weight, scale, MXFP8, out, None, chosen)
+        assert all(torch.equal(out, outs[0]) for out in outs)
+        w = dequantize_blocks(codes.view(torch.float8_e4m3fn), scales, MXFP8).cuda()
+        assert_matmul_close(outs[0], decoded_before(rows, torch.bfloat16), w)
 
 
 @pytest.mark.gpu

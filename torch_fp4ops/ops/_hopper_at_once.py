@@ -17,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 from ._gluon import copy_async, run_asm, warp_group_barrier
 from ._hopper_decode import decode_strip, warp_bases
 from ._hopper_plan import AtOncePlan
-from ._hopper_rows import decode_rows, load_rows
+from ._hopper_rows import decode_pairs, decode_rows, load_rows, scale_place
 from ._hopper_schedule import first_strip, let_next_start, wait_for_previous
 from ._hopper_store import row_factors
 
@@ -58,22 +58,58 @@ def _scales_layout(turns, warps, words):
 
 
 @gluon.jit
-def _copy_scales(scales, strip, C: gl.constexpr):
+def _strip(first, i, PER_BLOCK: gl.constexpr, PER_HALF: gl.constexpr, PER_STRIP: gl.constexpr, C: gl.constexpr):
+    """Where the i-th strip begins; those of a half of a block are beside each other."""
+    if C.S == 3:
+        strip = first + i
+        beside = 0
+    else:
+        strip = first
+        beside = i
+    return (strip >> 3) * PER_BLOCK + (strip >> 2 & 1) * PER_HALF + (strip & 3) * PER_STRIP + beside * PER_STRIP
+
+
+@gluon.jit
+def _first_turn(C: gl.constexpr):
+    if C.TURNED:
+        return gl.program_id(0) % C.TURNS
+    else:
+        return 0
+
+
+@gluon.jit
+def _turn(t, C: gl.constexpr):
+    """The t-th turn of a program: each begins with another one, so that they ask for other rows of x at a time."""
+    if not C.TURNED:
+        return t
+    turn = t + _first_turn(C)
+    return gl.where(turn >= C.TURNS, turn - C.TURNS, turn)
+
+
+@gluon.jit
+def _step(at, C: gl.constexpr):
+    """The step whose place among all is ``at``."""
+    turn = at // C.WARPS
+    return gl.where(turn < C.TURNS, _turn(turn, C), turn) * C.WARPS + at % C.WARPS
+
+
+@gluon.jit
+def _copy_scales(scales, first, i, C: gl.constexpr):
     """Those of a strip."""
     W: gl.constexpr = C.SCALE_WORDS
     STEPS: gl.constexpr = C.KS
     L: gl.constexpr = _scales_layout(STEPS // C.WARPS, C.WARPS, W)
-    step = gl.arange(0, STEPS, gl.SliceLayout(1, gl.SliceLayout(2, L)))[:, None, None]
+    step = _step(gl.arange(0, STEPS, gl.SliceLayout(1, gl.SliceLayout(2, L))), C)[:, None, None]
     word = gl.arange(0, W, gl.SliceLayout(0, gl.SliceLayout(1, L)))[None, None, :]
     to = gl.allocate_shared_memory(gl.int32, [STEPS, 1, W], gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0]))
-    at = scales + (strip // 8 * C.STEPS * (8 * W) + strip % 8 * W)
+    at = scales + _strip(first, i, C.STEPS * 8 * W, 4 * W, W, C)
     there, at = gl.broadcast(step < C.STEPS, at + (step * (8 * W) + word))
     copy_async(to, at, mask=there)
     return to
 
 
 @gluon.jit
-def _copy_codes(codes, strip, turn: gl.constexpr, C: gl.constexpr):
+def _copy_codes(codes, first, i, turn, C: gl.constexpr):
     """Those of a strip and a step for each warp, of which each thread copies what it reads."""
     P: gl.constexpr = C.PLANES
     WARPS: gl.constexpr = C.WARPS
@@ -83,9 +119,9 @@ def _copy_codes(codes, strip, turn: gl.constexpr, C: gl.constexpr):
     plane = gl.arange(0, P, gl.SliceLayout(0, S2))[None, :, None, None]
     word = gl.arange(0, 128, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, L))))[None, None, None, :]
     to = gl.allocate_shared_memory(gl.int32, [WARPS, P, 1, 128], gl.SwizzledSharedLayout(1, 1, 1, [3, 2, 1, 0]))
-    at = codes + ((strip // 8 * C.STEPS + turn * WARPS) * (1024 * P) + (strip % 8 // 4 * P * 4 + strip % 4) * 128)
-    at = at + (step * (1024 * P) + plane * 512 + word)
-    if (turn + 1) * WARPS <= C.STEPS:
+    at = codes + _strip(first, i, C.STEPS * 1024 * P, 512 * P, 128, C)
+    at = at + (step * (1024 * P) + plane * 512 + word) + turn * (WARPS * 1024 * P)
+    if C.STEPS % WARPS == 0:
         copy_async(to, at)
     else:
         there, at = gl.broadcast(step < C.STEPS - turn * WARPS, at)
@@ -111,13 +147,68 @@ def _copy_rows(x, x_units, M, K_STEPS, turn, C: gl.constexpr):
 
 
 @gluon.jit
+def _copy_row_codes(x, x_units, M, K_STEPS, turn, C: gl.constexpr):
+    """As ``_copy_rows``, of codes, two of which are an element."""
+    WARPS: gl.constexpr = C.WARPS
+    L: gl.constexpr = gl.BlockedLayout([1, 1, 8], [1, 8, 4], [WARPS, 1, 1], [2, 1, 0])
+    step = turn * WARPS + gl.arange(0, WARPS, gl.SliceLayout(1, gl.SliceLayout(2, L)))[:, None, None]
+    row = gl.arange(0, C.BM, gl.SliceLayout(0, gl.SliceLayout(2, L)))[None, :, None]
+    pair = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(1, L)))[None, None, :]
+    to = gl.allocate_shared_memory(gl.int16, [WARPS, C.BM, 32], gl.SwizzledSharedLayout(8, 2, 4, [2, 1, 0]))
+    there, at = gl.broadcast((step < K_STEPS) & (row < M), x + (row * (x_units * 8) + step * 32 + pair))
+    copy_async(to, at, mask=there)
+    return to
+
+
+@gluon.constexpr_function
+def _row_scales_layout(turns, warps, rows):
+    """``[warps * turns, rows]``: a word a thread, and each warp its own steps."""
+    bases = [[0, 1 << i] for i in range(rows.bit_length() - 1)] + [
+        [warps << i, 0] for i in range(turns.bit_length() - 1)
+    ]
+    lanes = [*bases, *[[0, 0]] * 5][:5]
+    return gl.DistributedLinearLayout(bases[5:], lanes, warp_bases(warps, 2), [], [warps * turns, rows])
+
+
+@gluon.jit
+def _copy_row_scales(x_scales, x_cols, M, K_STEPS, C: gl.constexpr):
+    """For each step, by the warp whose it is, and each row the word that has its scales."""
+    L: gl.constexpr = _row_scales_layout(C.KS // C.WARPS, C.WARPS, C.BM)
+    step = _step(gl.arange(0, C.KS, gl.SliceLayout(1, L)), C)[:, None]
+    row = gl.arange(0, C.BM, gl.SliceLayout(0, L))[None, :]
+    to = gl.allocate_shared_memory(gl.int32, [C.KS, C.BM], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+    there, place = gl.broadcast((step < K_STEPS) & (row < M), scale_place(row, step, x_cols, C))
+    copy_async(to, x_scales + place, mask=there)
+    return to
+
+
+@gluon.constexpr_function
+def _pairs_layout(warps, rows):
+    """``[warps, 32, rows]`` pairs along K as the right side of ``mma`` has them."""
+    registers = [[0, 4, 0], [0, 8, 0], [0, 16, 0]] + [[0, 0, 8]] * (rows == 16)
+    lanes = [[0, 1, 0], [0, 2, 0], [0, 0, 1], [0, 0, 2], [0, 0, 4]]
+    return gl.DistributedLinearLayout(registers, lanes, warp_bases(warps, 3), [], [warps, 32, rows])
+
+
+@gluon.jit
+def _decoded_rows(codes, words, turn: gl.constexpr, RIGHT: gl.constexpr, C: gl.constexpr):
+    """What the two functions before have copied, as the right side of a turn's products."""
+    L: gl.constexpr = _pairs_layout(C.WARPS, C.BM)
+    S: gl.constexpr = gl.SliceLayout(1, L)
+    word = words.slice(turn * C.WARPS, C.WARPS, dim=0).load(S)
+    step = gl.arange(0, C.WARPS, gl.SliceLayout(1, S))[:, None]
+    return decode_pairs(codes.permute((0, 2, 1)).load(L), word >> (step % 2 * 16), RIGHT)
+
+
+@gluon.jit
 def _load_all_rows(x, x_scales, x_units, x_cols, M, K_STEPS, C: gl.constexpr):
     """Rows of x that come quantised, all steps of them, some rows at a time: there may be one only."""
     ROWS: gl.constexpr = C.ROWS
     BM: gl.constexpr = C.BM
     held = ()
     for i in gl.static_range(0, BM, ROWS):
-        loaded = load_rows(x, x_scales, x_units, x_cols, M, K_STEPS, 0, i, C)
+        at = _first_turn(C) * C.WARPS
+        loaded = load_rows(x, x_scales, x_units, x_cols, M, K_STEPS, at, i, C, C.TURNS * C.WARPS)
         held = held + (loaded,)  # type: ignore[assignment]  # noqa: RUF005
     return held
 
@@ -161,7 +252,7 @@ def at_once_kernel(
     m = gl.arange(0, BM, gl.SliceLayout(0, gl.SliceLayout(0, SUM)))
     factor = row_factors(m, alpha, M, C)
     held = ()
-    if X_LAYOUT > 0:
+    if X_LAYOUT > 0 and not C.BY_WARP:
         held = _load_all_rows(x, x_scales, x_units, x_cols, M, K_STEPS, C)
     _keep_in_order()
     # With more rows of x a strip takes longer, and waiting for it by itself is worth less.
@@ -169,18 +260,22 @@ def at_once_kernel(
     GROUP: gl.constexpr = 1 if BM == 8 else TOGETHER
     scales_of = ()
     for i in gl.static_range(S):
-        scales_of = scales_of + (_copy_scales(scales, first + i, C),)  # type: ignore[assignment]  # noqa: RUF005
+        scales_of = scales_of + (_copy_scales(scales, first, i, C),)  # type: ignore[assignment]  # noqa: RUF005
+    if C.BY_WARP:
+        row_scales = _copy_row_scales(x_scales, x_cols, M, K_STEPS, C)
     rows = ()
     codes_of = ()
     for t in gl.static_range(TURNS):
         if X_LAYOUT == 0:
-            place = _copy_rows(x, x_units, M, K_STEPS, t, C).permute((0, 2, 1))
+            place = _copy_rows(x, x_units, M, K_STEPS, _turn(t, C), C).permute((0, 2, 1))
             rows = rows + (place,)  # type: ignore[assignment]  # noqa: RUF005
+        elif C.BY_WARP:
+            rows = rows + (_copy_row_codes(x, x_units, M, K_STEPS, _turn(t, C), C),)  # type: ignore[assignment]  # noqa: RUF005
         for i in gl.static_range(S):
-            codes_of = codes_of + (_copy_codes(codes, first + i, t, C),)  # type: ignore[assignment]  # noqa: RUF005
+            codes_of = codes_of + (_copy_codes(codes, first, i, _turn(t, C), C),)  # type: ignore[assignment]  # noqa: RUF005
             if (i + 1) % GROUP == 0:
                 async_copy.commit_group()
-    if X_LAYOUT > 0:
+    if X_LAYOUT > 0 and not C.BY_WARP:
         place = _decode_all_rows(held, M, C).permute((0, 2, 1))
         for t in gl.static_range(TURNS):
             rows = rows + (place.slice(t * WARPS, WARPS, dim=0),)  # type: ignore[assignment]  # noqa: RUF005
@@ -193,7 +288,10 @@ def at_once_kernel(
             if i % GROUP == 0:
                 _wait_for_own((S * (TURNS - t) - i) // GROUP - 1)
             if i == 0:
-                right = rows[t].load(RIGHT)  # type: ignore[var-annotated]
+                if C.BY_WARP:
+                    right = _decoded_rows(rows[t], row_scales, t, RIGHT, C)
+                else:
+                    right = rows[t].load(RIGHT)
             w = decode_strip(codes_of[t * S + i], scales_of[i].slice(t * WARPS, WARPS, dim=0), LEFT, FMT, HALF)
             sums = sums + (mma_v2(w, right, accs[i]),)  # noqa: RUF005
         accs = sums

@@ -73,7 +73,10 @@ def product(a: Operand, weight: Tensor, scale: Tensor, fmt: BlockFormat, out: Te
     n = out.shape[1]
     k = weight.shape[1] * fmt.elements_per_byte
     if out.numel():
-        cut = choose(out.shape[0], n, k, processors(out.device), out.dtype, a.k % 64 == 0, fmt.name, LAUNCHES_CLUSTERS)
+        cut = choose(
+            out.shape[0], n, k, processors(out.device), out.dtype, a.k % 64 == 0, fmt.name, LAUNCHES_CLUSTERS,
+            a.scales is not None,
+        )  # fmt: skip
         multiply(a, weight, scale, fmt, out, alpha, cut)
 
 
@@ -192,6 +195,8 @@ def _multiply_at_once(given: _Product) -> None:
     if a.scales is not None:
         x, x_scales, x_layout, x_cols = _quantized_words(x, a, m, fmt)
     plan = at_once_plan(way, fmt.name, x.dtype, cut.trips, x_layout, alpha_form)
+    if plan.BY_WARP:
+        x = x.view(torch.int16)
     words = (data.view(torch.int32) for data in (weight, scale))
     args = (x, x_scales, x_units, x_cols, *words, out, alpha, m, n, a.k // 64)
     launch(at_once_kernel, (cut.programs,), 32 * plan.WARPS, out.device, *args, second=second, **plan._asdict())

@@ -178,7 +178,7 @@ def _offline_at_once(
     constants: dict[str, Any] = plan._asdict()
     rows = {"x": f"*{_TYPES[dtype]}"}
     if x_layout:
-        rows = {"x": "*i32", "x_scales": "*i32"}
+        rows = {"x": "*i16" if plan.BY_WARP else "*i32", "x_scales": "*i32"}
     else:
         constants["x_scales"] = None
     signature = {

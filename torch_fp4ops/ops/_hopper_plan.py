@@ -337,8 +337,21 @@ class AtOncePlan(NamedTuple):
         return -(-self.STEPS // self.WARPS)
 
     @property
+    def BY_WARP(self) -> bool:
+        """x is in shared memory as codes, and each warp decodes what it multiplies, when it does.
+
+        All BM rows, whether there are or not: with one strip of a short K, and with FP4, decoding before is quicker.
+        """
+        return self.X_LAYOUT > 0 and self.FMT == "mxfp8" and (self.S > 1 or self.STEPS > 80)
+
+    @property
+    def TURNED(self) -> bool:
+        """Programs begin with different turns; for a few of FP4 that is not worth its instructions."""
+        return self.TURNS >= 8 or self.FMT == "mxfp8"
+
+    @property
     def KS(self) -> int:
-        """Steps of x that are decoded at a time, if it is quantised: all, and in a tensor a power of two."""
+        """Steps as a power of two, which tensors are of; with FP4 rows all of them are decoded at a time."""
         return self.WARPS * (1 << (self.TURNS - 1).bit_length())
 
     @property
@@ -369,7 +382,8 @@ class AtOncePlan(NamedTuple):
 
     @property
     def SHARED_BYTES(self) -> int:
-        steps = self.KS if self.X_LAYOUT else self.TURNS * self.WARPS
-        codes = self.TURNS * self.WARPS * self.S * self.PLANES * 512
-        row_bytes = 144 if self.X_LAYOUT else 128
-        return steps * self.BM * row_bytes + codes + self.S * self.KS * self.SCALE_WORDS * 4
+        steps = self.TURNS * self.WARPS
+        weights = steps * self.S * self.PLANES * 512 + self.S * self.KS * self.SCALE_WORDS * 4
+        if self.BY_WARP:
+            return weights + self.BM * (steps * 64 + self.KS * 4)
+        return weights + self.BM * (self.KS * 144 if self.X_LAYOUT else steps * 128)

@@ -19,7 +19,7 @@ from ._gluon import warp_group_barrier
 from ._hopper_decode import SIXTEEN
 from ._hopper_schedule import wait_for_previous
 
-__all__ = ["decode_rows", "load_rows", "rows_decoder"]
+__all__ = ["decode_pairs", "decode_rows", "load_rows", "rows_decoder", "scale_place"]
 
 
 @gluon.constexpr_function
@@ -65,6 +65,37 @@ def _fp8_asm():
 
 
 @gluon.constexpr_function
+def _pair_asm():
+    """The two codes of $2 times $3, two bfloat16 of one value, to $0 and $1."""
+    return """{ .reg .b32 p; .reg .b16 l, u; .reg .f32 f, g;
+        cvt.rn.f16x2.e4m3x2 p, $2; mov.b32 {l, u}, p; cvt.f32.f16 f, l; cvt.f32.f16 g, u;
+        cvt.rn.bf16x2.f32 p, g, f; mul.rn.bf16x2 p, p, $3; mov.b32 {$0, $1}, p; }"""
+
+
+@gluon.jit
+def decode_pairs(codes, words, RIGHT: gl.constexpr):
+    """MXFP8 codes by twos, int16 ``[warps, 32, rows]``, to bfloat16 ``[warps, 64, rows]`` of layout ``RIGHT``.
+
+    ``words``, ``[warps, rows]``, have the scales of the 64 in their lower two bytes.
+    """
+    W: gl.constexpr = codes.shape[0]
+    ROWS: gl.constexpr = codes.shape[2]
+    codes = codes.reshape([W, 2, 16, ROWS])
+    L: gl.constexpr = gl.SliceLayout(2, codes.type.layout)
+    block = gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(2, L)))[None, :, None]
+    words = gl.expand_dims(gl.convert_layout(words, gl.SliceLayout(1, L), assert_trivial=True), 1)
+    byte = (words >> (block * 8)) & 0xFF
+    # A power of two, twice: 0 is a subnormal, and 255 NaN.
+    scales = gl.where(byte == 255, 0x7FC07FC0, gl.maximum(byte << 7, 0x40) * 0x10001)
+    scales, codes = gl.broadcast(gl.expand_dims(scales, 2), codes)
+    low, high = gl.inline_asm_elementwise(
+        _pair_asm(), "=h,=h,h,r", [codes, scales], (gl.bfloat16,) * 2, is_pure=True, pack=1
+    )
+    values = gl.join(low, high).permute((0, 1, 2, 4, 3)).reshape([W, 64, ROWS])
+    return gl.convert_layout(values, RIGHT, assert_trivial=True)
+
+
+@gluon.constexpr_function
 def _by_row(steps, rows, last, warps):
     """``[steps, rows, 64 / last[0], *last]`` by some warps, each thread with all of ``last``."""
     each = steps * rows // (8 * warps)  # units of 16 elements of a row that a thread has: 1, 2 or 4
@@ -77,28 +108,38 @@ def _by_row(steps, rows, last, warps):
 
 
 @gluon.jit
-def load_rows(x, x_scales, x_units, x_cols, M, K_STEPS, k, first, C: gl.constexpr):
+def load_rows(
+    x, x_scales, x_units, x_cols, M, K_STEPS, k, first, C: gl.constexpr, AROUND: gl.constexpr = 0
+):  # fmt: skip
     """Codes ``[KS, ROWS, 4, words]`` and words of four scales ``[KS, ROWS]``, from step k and row ``first`` on.
 
-    Zeros beyond x.
+    Zeros beyond x. Steps from ``AROUND`` on, if that is given, are those from 0 on.
     """
     WORDS: gl.constexpr = C.UNIT_WORDS
     L: gl.constexpr = _by_row(C.KS, C.ROWS, [1, WORDS], C.ROW_WARPS)
     U: gl.constexpr = gl.SliceLayout(3, L)
     R: gl.constexpr = gl.SliceLayout(2, U)
     step = (k + gl.arange(0, C.KS, gl.SliceLayout(1, R)))[:, None]
+    if AROUND > 0:
+        step = gl.where(step < AROUND, step, step - AROUND)
     row = (first + gl.arange(0, C.ROWS, gl.SliceLayout(0, R)))[None, :]
     unit = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, U)))[None, None, :]
     word = gl.arange(0, WORDS, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, L))))[None, None, None, :]
     there, start = gl.broadcast((step < K_STEPS) & (row < M), row * (x_units * 4) + step * (4 * WORDS))
     place = gl.expand_dims(gl.expand_dims(start, 2) + unit * WORDS, 3) + word
     codes = gl.load(x + place, mask=gl.expand_dims(gl.expand_dims(there, 2), 3), other=0)
+    return codes, gl.load(x_scales + scale_place(row, step, x_cols, C), mask=there, other=0)
+
+
+@gluon.jit
+def scale_place(row, step, x_cols, C: gl.constexpr):
+    """Where the word is that has a row's scales of a step."""
     fours = step * C.ROW_SCALES // 4
     if C.X_LAYOUT == 1:
         place = row * 4 + fours * 128
     else:
         place = (row >> 3) * (x_cols * 2) + ((row & 7) + fours * 8)
-    return codes, gl.load(x_scales + place, mask=there, other=0)
+    return place
 
 
 @gluon.jit

@@ -165,7 +165,7 @@ _FP8 = (*_strips(8, _FP8_STRIPS), *_strips(16, _FP8_STRIPS | {(2, 8): (4, 0), (3
 STRIPS = {"nvfp4": _FP4, "mxfp4": _FP4, "mxfp8": _FP8}
 AT_ONCE: tuple[AtOnce, ...] = tuple(AtOnce(rows, S) for rows in (8, 16) for S in (1, 2, 3, 4))
 """Taken wherever they fit, as nothing else is quicker there, if there is no early start; more strips are not."""
-_MOST_AT_ONCE = {"nvfp4": 160, "mxfp4": 160, "mxfp8": 80}
+_MOST_AT_ONCE = {"nvfp4": 160, "mxfp4": 160, "mxfp8": 128}
 """Strips times steps of a program that takes them at once: more bytes have time to be loaded by stages."""
 _NEXT_PASS = 5.0
 _SUM_START, _SUM_EARLY_START, _SUM_BYTES_PER_US = 1.2, 0.7, 6e6
@@ -178,8 +178,9 @@ def decodes(way: Way | Strips | AtOnce, fmt: str, k: int, m: int) -> bool:
     weights of MXFP8 hide; those of FP4 take as much of the same instructions.
     """
     if isinstance(way, AtOnce):
+        plan = _at_once(way, hopper_size(0, k)[1] // 64, fmt, 1)
         # For more of x, the other warps of a program wait longer for it to be decoded than a kernel before takes.
-        return m * k <= 32768 and _room_at_once(way, hopper_size(0, k)[1] // 64, fmt, 1) <= SHARED_BYTES
+        return plan.BY_WARP or (m * k <= 32768 and plan.SHARED_BYTES <= SHARED_BYTES)
     if not isinstance(way, Strips):
         return False
     if fmt == "mxfp8":
@@ -206,10 +207,18 @@ class Cut(NamedTuple):
     """It has a program for each multiprocessor at most, and may come early."""
 
 
-def cut(way: Way | Strips | AtOnce, m: int, n: int, k: int, processors: int, fmt: str = "nvfp4") -> Cut | None:
+def cut(
+    way: Way | Strips | AtOnce,
+    m: int,
+    n: int,
+    k: int,
+    processors: int,
+    fmt: str = "nvfp4",
+    quantized: bool = False,
+) -> Cut | None:
     """A product of m rows and a weight of n x k, padded, cut up in a way; None where that can't be."""
     if isinstance(way, AtOnce):
-        return _cut_at_once(way, n, k, processors, fmt)
+        return _cut_at_once(way, n, k, processors, fmt, quantized)
     if isinstance(way, Strips):
         return _cut_to_strips(way, n, k, processors)
     trips, rest = divmod(k, 256 * way.KW)
@@ -272,17 +281,23 @@ def _cut_to_strips(way: Strips, n: int, k: int, processors: int) -> Cut | None:
     return Cut(way, programs, 1, programs, steps, 1, us)
 
 
-def _cut_at_once(way: AtOnce, n: int, k: int, processors: int, fmt: str) -> Cut | None:
+def _cut_at_once(way: AtOnce, n: int, k: int, processors: int, fmt: str, quantized: bool) -> Cut | None:
     steps, programs = k // 64, triton.cdiv(n, 16 * way.S)
-    if n < 16 * way.S or programs > processors or way.S * steps > _MOST_AT_ONCE[fmt]:
+    if n < 16 * way.S or programs > processors:
         return None
-    if _room_at_once(way, steps, fmt, 0) > SHARED_BYTES:
+    plan = _at_once(way, steps, fmt, int(quantized))
+    if not plan.BY_WARP:
+        plan = plan._replace(X_LAYOUT=0)  # rows may have been decoded before
+    most = _MOST_AT_ONCE[fmt]
+    if fmt == "mxfp8" and plan.BY_WARP and way.BM == 8 and way.S > 1 and steps > 32:
+        most = 80  # rings are as quick as plain nodes, and quicker where starts are early
+    if way.S * steps > most or plan.SHARED_BYTES > SHARED_BYTES:
         return None
     return Cut(way, programs, 1, programs, steps, 1, 0.0)
 
 
-def _room_at_once(way: AtOnce, steps: int, fmt: str, x_layout: int) -> int:
-    return AtOncePlan(fmt, False, way.BM, way.S, steps, x_layout, 0, 1.0).SHARED_BYTES
+def _at_once(way: AtOnce, steps: int, fmt: str, x_layout: int) -> AtOncePlan:
+    return AtOncePlan(fmt, False, way.BM, way.S, steps, x_layout, 0, 1.0)
 
 
 _COUNTED_TILES = 2048
@@ -317,18 +332,20 @@ def choose(
     whole_steps: bool = True,
     fmt: str = "nvfp4",
     clusters: bool = True,
+    quantized: bool = False,
 ) -> Cut:
     """The cut of least predicted time for m rows and a weight of n x k, padded.
 
     Args:
         whole_steps: K is a multiple of 64 without padding too, which strips need.
         clusters: they can be launched.
+        quantized: x is, in ``fmt``.
     """
     least = next((bm for bm in (8, 16, 32, 64) if m <= bm), 64)
     most = 4 * least if m > 32 else least
     tiles = [way for way in WAYS if least <= way.BM <= most and (clusters or way.CLUSTER == 1)]
     if whole_steps:
-        at_once = (cut(way, m, n, k, processors, fmt) for way in AT_ONCE if least == way.BM)
+        at_once = (cut(way, m, n, k, processors, fmt, quantized) for way in AT_ONCE if least == way.BM)
         fits = next((each for each in at_once if each is not None), None)
         if fits is not None:
             return fits
