@@ -27,7 +27,7 @@ from .test_hopper_ways import check_way, needs_hopper
 
 pytest.importorskip("triton.experimental.gluon", reason="needs Gluon")
 
-from torch_fp4ops.ops import _hopper_kernels, _hopper_launch
+from torch_fp4ops.ops import _hopper_at_once, _hopper_kernels, _hopper_launch
 from torch_fp4ops.ops._hopper_plan import SHARED_BYTES, AtOncePlan
 from torch_fp4ops.ops._hopper_ways import AT_ONCE, AtOnce, choose, cut, decodes
 from torch_fp4ops.ops._triton_dequantize import decoded as decoded_before
@@ -85,6 +85,19 @@ def test_programs_copy_and_multiply_every_strip_once(fmt, s):
     with simulated(fmt):
         # Twelve steps, one of them padding: the second turn of some warps has none.
         check_every_strip(fmt, AtOnce(8, s), 704, s)
+
+
+@formats
+@ways
+def test_strips_are_where_the_layout_has_them(fmt, way):
+    for steps in (12, 64):
+        plan = AtOncePlan(fmt.name, False, way.BM, way.S, steps, 0, 0, 1.0)
+        places = {}
+        for program in range(-(-24 // way.S)):
+            first = min(program * way.S, 24 - way.S)
+            for i in range(way.S):
+                places[first + i] = _hopper_at_once._strip.fn(first, i, 10000, 100, 1, plan)
+        assert places == {strip: strip // 8 * 10000 + strip % 8 // 4 * 100 + strip % 4 for strip in range(24)}
 
 
 @formats

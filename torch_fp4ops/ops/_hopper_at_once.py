@@ -59,8 +59,12 @@ def _scales_layout(turns, warps, words):
 
 @gluon.jit
 def _strip(first, i, PER_BLOCK: gl.constexpr, PER_HALF: gl.constexpr, PER_STRIP: gl.constexpr, C: gl.constexpr):
-    """Where the i-th strip begins; those of a half of a block are beside each other."""
-    if C.S == 3:
+    """Where the i-th strip begins, of one, two or four in a half of a block, or three anywhere.
+
+    Those beside each other take one address, and so are asked for sooner. That is no gain where all programs then ask
+    for the same 16 rows of x at a time.
+    """
+    if C.S == 3 or (C.BM == 16 and not C.TURNED):
         strip = first + i
         beside = 0
     else:
@@ -71,6 +75,7 @@ def _strip(first, i, PER_BLOCK: gl.constexpr, PER_HALF: gl.constexpr, PER_STRIP:
 
 @gluon.jit
 def _first_turn(C: gl.constexpr):
+    """A program's; x comes from the L2, and its lines are slower to come if all programs ask for the same at a time."""
     if C.TURNED:
         return gl.program_id(0) % C.TURNS
     else:
@@ -79,7 +84,7 @@ def _first_turn(C: gl.constexpr):
 
 @gluon.jit
 def _turn(t, C: gl.constexpr):
-    """The t-th turn of a program: each begins with another one, so that they ask for other rows of x at a time."""
+    """The t-th turn of a program."""
     if not C.TURNED:
         return t
     turn = t + _first_turn(C)
@@ -88,7 +93,7 @@ def _turn(t, C: gl.constexpr):
 
 @gluon.jit
 def _step(at, C: gl.constexpr):
-    """The step whose place among all is ``at``."""
+    """The step that has the place ``at`` in shared memory, by turn and warp."""
     turn = at // C.WARPS
     return gl.where(turn < C.TURNS, _turn(turn, C), turn) * C.WARPS + at % C.WARPS
 
@@ -163,9 +168,8 @@ def _copy_row_codes(x, x_units, M, K_STEPS, turn, C: gl.constexpr):
 @gluon.constexpr_function
 def _row_scales_layout(turns, warps, rows):
     """``[warps * turns, rows]``: a word a thread, and each warp its own steps."""
-    bases = [[0, 1 << i] for i in range(rows.bit_length() - 1)] + [
-        [warps << i, 0] for i in range(turns.bit_length() - 1)
-    ]
+    bases = [[0, 1 << i] for i in range(rows.bit_length() - 1)]
+    bases += [[warps << i, 0] for i in range(turns.bit_length() - 1)]
     lanes = [*bases, *[[0, 0]] * 5][:5]
     return gl.DistributedLinearLayout(bases[5:], lanes, warp_bases(warps, 2), [], [warps * turns, rows])
 
@@ -192,7 +196,7 @@ def _pairs_layout(warps, rows):
 
 @gluon.jit
 def _decoded_rows(codes, words, turn: gl.constexpr, RIGHT: gl.constexpr, C: gl.constexpr):
-    """What the two functions before have copied, as the right side of a turn's products."""
+    """Of codes and words of scales that were copied, the right side of a turn's products."""
     L: gl.constexpr = _pairs_layout(C.WARPS, C.BM)
     S: gl.constexpr = gl.SliceLayout(1, L)
     word = words.slice(turn * C.WARPS, C.WARPS, dim=0).load(S)
@@ -236,7 +240,8 @@ def at_once_kernel(
     """``out = (x @ w.T) * alpha`` for M up to BM; N is a multiple of 128, 64 times STEPS the padded K.
 
     ``codes`` and ``scales`` are int32. ``x`` has K_STEPS steps and ``x_units`` of 16 bytes from row to row; with
-    ``X_LAYOUT`` it is words of codes, and ``x_scales`` words of four scales, ``x_cols`` scales a padded row.
+    ``X_LAYOUT`` it is words of codes, or with ``BY_WARP`` two codes each, and ``x_scales`` words of four scales,
+    ``x_cols`` scales a padded row.
     """
     C: gl.constexpr = _plan(FMT, HALF, BM, S, STEPS, X_LAYOUT, ALPHA, FACTOR)
     WARPS: gl.constexpr = C.WARPS

@@ -91,6 +91,8 @@ def offline_cases() -> Iterator[AotCase]:
             yield _offline_at_once(each, fmt, steps // (2 if fmt == "mxfp8" else 1), x_layout=1)
     yield _offline_at_once(AT_ONCE[0], "nvfp4", 64, x_layout=2)
     yield _offline_at_once(AT_ONCE[0], "mxfp8", 64)
+    for each, steps in ((AtOnce(8, 1), 112), (AtOnce(8, 4), 32), (AtOnce(16, 2), 64)):  # rows decoded by each warp
+        yield _offline_at_once(each, "mxfp8", steps, x_layout=1)
     yield _offline_at_once(AT_ONCE[-1], "nvfp4", 12, torch.float16, torch.float32, alpha_form=2)
 
 

@@ -1,9 +1,9 @@
 """Rows of x that come quantised, decoded in the Hopper products of few rows themselves, in Gluon.
 
 A kernel before the product would take 1 to 2 us, where a small weight takes 5 or 6. Each program decodes all rows: for
-few that is less work than it saves, and done while weights arrive. In ``_hopper_at_once`` that is once; for the rings
-of ``_hopper_strips`` four warps read codes and scales some stages ahead, and write bfloat16 where TMA does if x has 16
-bits.
+few that is less work than it saves, and done while weights arrive. In ``_hopper_at_once`` that is once, all rows or,
+with MXFP8, by each warp what it multiplies; for the rings of ``_hopper_strips`` four warps read codes and scales some
+stages ahead, and write bfloat16 where TMA does if x has 16 bits.
 
 Values of NVFP4, which are 2^-7 of what they stand for, and of MXFP4 are exact, those of MXFP8 the fp32 product with the
 scale, rounded once.

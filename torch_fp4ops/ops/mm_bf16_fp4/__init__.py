@@ -40,7 +40,7 @@ def _contract(call: Call) -> Out:
 
 _PREFERENCES = (
     _preferences.FLASHINFER,
-    _preferences.gluon(2.46, 1.11),
+    _preferences.gluon(2.45, 1.12),
     Preference(
         "triton",
         "cuda",
