@@ -2,8 +2,9 @@
 
 A launch of such a product takes as long as its bytes. Here it does as little as can be before the first of them are
 under way, and nothing between: no roles for warps, no ring of stages, no barriers in shared memory. A program has all
-of its strips of 16 weight rows, and x, in shared memory; each warp has every eighth step of 64 along K, copies what it
-needs of that by itself, and waits for no one else before the sums are added up, in the order of the warps.
+of its strips of 16 weight rows, and x, in shared memory; each warp has every eighth step of 64 along K, one a turn,
+copies what it needs of that by itself, and waits for no one else before the sums are added up, in the order of the
+warps.
 
 That is for weights of which a multiprocessor's part has room. ``_hopper_strips`` has rings for those beyond.
 """

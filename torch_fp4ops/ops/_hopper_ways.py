@@ -289,8 +289,8 @@ def _cut_at_once(way: AtOnce, n: int, k: int, processors: int, fmt: str, quantiz
     if not plan.BY_WARP:
         plan = plan._replace(X_LAYOUT=0)  # rows may have been decoded before
     most = _MOST_AT_ONCE[fmt]
-    if fmt == "mxfp8" and plan.BY_WARP and way.BM == 8 and way.S > 1 and steps > 32:
-        most = 80  # rings are as quick as plain nodes, and quicker where starts are early
+    if plan.BY_WARP and way.BM == 8 and way.S > 1 and steps > 32:
+        most = 80  # beyond, strips with a ring are nearly as quick as plain nodes, and quicker where starts are early
     if way.S * steps > most or plan.SHARED_BYTES > SHARED_BYTES:
         return None
     return Cut(way, programs, 1, programs, steps, 1, 0.0)
