@@ -1,6 +1,6 @@
 """What goes around the Hopper products: the kernel that packs weights, the layout in the ops' contracts, the backends.
 
-The products themselves run on a GPU, through the samples of their ops.
+The products themselves are those of ``test_hopper_products`` and of the samples of their ops.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from torch_fp4ops import (
 from torch_fp4ops.block_quantization import dequantize_blocks
 from torch_fp4ops.formats import FORMATS, MXFP4, MXFP8, NVFP4, BlockFormat
 from torch_fp4ops.hopper_layout import HOPPER_SCALE_RANGES
-from torch_fp4ops.testing import assert_matmul_close, assert_same_bytes, samples
+from torch_fp4ops.testing import assert_same_bytes, samples
 from torch_fp4ops.testing.samples import values
 from torch_fp4ops.weight_layouts import hopper_size, pack_hopper_weight, unpack_hopper_weight
 
@@ -151,34 +151,6 @@ def test_on_a_gpu(check):
 
 def dequantized(codes: Tensor, scales: Tensor, fmt: BlockFormat) -> Tensor:
     return dequantize_blocks(codes.view(torch.float8_e4m3fn) if fmt is MXFP8 else codes, scales, fmt)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("m", [1, 8, 13, 64, 129, 300])
-@pytest.mark.parametrize(("n", "k"), [(200, 288), (384, 2080)])
-@pytest.mark.parametrize(("fmt", "half"), [(NVFP4, False), (NVFP4, True), (MXFP4, False), (MXFP8, False)])
-def test_products_of_every_code_and_scale(m, n, k, fmt, half):
-    """NaN blocks included, which must reach their column of the result and no other."""
-    if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("needs compute capability 9.0")
-    from torch_fp4ops.ops._hopper_launch import product
-
-    codes, scales = storable(m + n, n, k, fmt)
-    if fmt is NVFP4:
-        scales[0, 3], scales[129, 0] = 0x7F, 0xFF
-    clean = torch.arange(n) % 3 > 0  # leave rows without NaN
-    scales[clean] = torch.where((scales[clean] & 0x7F) == 0x7F, 0x3F, scales[clean])
-    values_of = dequantized(codes, scales, fmt)
-    x = values(m, m, k, dtype=torch.float16 if half else torch.bfloat16)
-    alpha = torch.rand(m, generator=torch.Generator().manual_seed(m)) + 0.5
-    weight, scale = (t.cuda() for t in pack_hopper_weight(codes, scales, fmt))
-    for out_dtype, factor in ((torch.bfloat16, None), (torch.float32, alpha), (torch.float16, alpha[:1])):
-        out = torch.full((m, weight.shape[0]), 1e4, dtype=out_dtype, device="cuda")
-        product(Operand(x.cuda()), weight, scale, fmt, out, None if factor is None else factor.cuda())
-        out = out.cpu()
-        nan = values_of.isnan().any(1)
-        assert out[:, :n][:, nan].isnan().all() and not out[:, n:].any() and 0 < nan.sum() < n
-        assert_matmul_close(out[:, :n][:, ~nan], x, values_of[~nan], factor)
 
 
 # Contracts and the reference

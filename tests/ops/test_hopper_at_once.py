@@ -1,9 +1,8 @@
-"""Hopper products that ask for all at once: what the kernel would copy and compute, followed on the CPU."""
+"""Hopper products that ask for all at once, interpreted on the CPU and, where there is one, on a GPU."""
 
 from __future__ import annotations
 
 import itertools
-from unittest import mock
 
 import pytest
 import torch
@@ -19,8 +18,6 @@ from .test_hopper_strips import (
     check_decoded_rows,
     check_every_strip,
     check_rows_are_read,
-    decoded,
-    decoded_rows,
     quantized_rows,
 )
 from .test_hopper_ways import check_way, needs_hopper
@@ -32,57 +29,16 @@ from torch_fp4ops.ops._hopper_plan import SHARED_BYTES, AtOncePlan
 from torch_fp4ops.ops._hopper_ways import AT_ONCE, AtOnce, choose, cut, decodes
 from torch_fp4ops.ops._triton_dequantize import decoded as decoded_before
 
+from ..gluon_interpreter import interpreted
+
 ways = pytest.mark.parametrize("way", AT_ONCE, ids=lambda way: f"{way.BM}x{way.S}")
 formats = pytest.mark.parametrize("fmt", FORMATS.values(), ids=lambda fmt: fmt.name)
 
 
-class Simulated:
-    """In place of ``at_once_kernel``: where it copies from, its division of K among warps and its sums."""
-
-    def __init__(self, fmt):
-        self.fmt = fmt
-
-    def __getitem__(self, grid):
-        return lambda *args, **constants: [self.program(i, *args, **constants) for i in range(*grid)]
-
-    def program(self, i, x, x_scales, x_units, x_cols, codes, scales, out, alpha, m, n, k_steps, **constants):
-        plan = AtOncePlan(**{name: constants[name] for name in AtOncePlan._fields})
-        pieces, words, warps = plan.PLANES, plan.SCALE_WORDS, plan.WARPS
-        rows = torch.zeros(plan.TURNS * warps, plan.BM, 64)
-        if x_scales is None:
-            given = torch.as_strided(x, (m, k_steps, 64), (8 * x_units, 64, 1)).float()
-        else:
-            layout = "128x4" if plan.X_LAYOUT == 1 else "8x4"
-            assert x.dtype == (torch.int16 if plan.BY_WARP else torch.int32)
-            codes_of_x = x.view(torch.int32)
-            given = decoded_rows(codes_of_x, x_scales, x_units, x_cols, layout, m, k_steps, self.fmt)
-        rows[:k_steps, :m] = given.view(m, k_steps, 64).transpose(0, 1)
-        codes, scales = codes.flatten(), scales.flatten()
-        first = min(i * plan.S, n // 16 - plan.S)
-        for strip in range(first, first + plan.S):
-            sums = torch.zeros(warps, 16, plan.BM)
-            for step in range(plan.STEPS):
-                row = strip // 8 * plan.STEPS + step
-                at = row * 1024 * pieces + (strip % 8 // 4 * pieces * 4 + strip % 4) * 128
-                taken = torch.stack([codes[at + 512 * piece :][:128] for piece in range(pieces)])
-                scale = scales[(row * 8 + strip % 8) * words :][:words]
-                w = decoded(taken.expand(4, -1, -1), scale.expand(4, -1), self.fmt)[0]
-                sums[step % warps] += w @ rows[step].T
-            result = sums.sum(0)[:, :m].T * (1 if alpha is None else alpha.reshape(-1, 1))
-            out[:, strip * 16 : strip * 16 + 16] = result
-        # What is decoded there of NVFP4 is 2^-7 of what it stands for, as the weight is.
-        factor = 2.0**7 if self.fmt is NVFP4 else 1.0
-        assert factor ** (1 if x_scales is None else 2) == plan.FACTOR
-
-
-def simulated(fmt):
-    return mock.patch("torch_fp4ops.ops._hopper_at_once.at_once_kernel", Simulated(fmt))
-
-
 @formats
-@pytest.mark.parametrize("s", [1, 2, 3])
+@pytest.mark.parametrize("s", [1, 2, 3, 4])
 def test_programs_copy_and_multiply_every_strip_once(fmt, s):
-    with simulated(fmt):
+    with interpreted():
         # Twelve steps, one of them padding: the second turn of some warps has none.
         check_every_strip(fmt, AtOnce(8, s), 704, s)
 
@@ -104,12 +60,12 @@ def test_strips_are_where_the_layout_has_them(fmt, way):
 @pytest.mark.parametrize("layout", ["128x4", "8x4"])
 @pytest.mark.parametrize("m", [2, 9])
 def test_programs_read_the_rows_that_they_decode(fmt, layout, m):
-    with simulated(fmt):
+    with interpreted():
         check_rows_are_read(fmt, AtOnce(8 if m <= 8 else 16, 2), m, layout)
 
 
 def test_one_row_may_have_any_stride():
-    with simulated(NVFP4):
+    with interpreted():
         check_any_stride(AT_ONCE[0])
 
 
@@ -145,6 +101,22 @@ def test_small_weights_are_asked_for_at_once():
     # x of 16 bits takes twice the room of codes.
     assert isinstance(choose(16, 4096, 4096, 132, fmt="mxfp8", quantized=True).way, AtOnce)
     assert not isinstance(choose(16, 4096, 4096, 132, fmt="mxfp8").way, AtOnce)
+
+
+@formats
+@ways
+def test_a_way_is_right_in_the_interpreter(fmt, way):
+    """Where programs begin with turns of their own, and where they do not; the last one's strips are the one before's too."""
+    for m, n, k in ((way.BM, 384, 768), (way.BM - 3, 128, 4096)):
+        chosen = cut(way, m, n, k, 132, fmt.name)
+        if chosen is not None:
+            check_way(chosen, m, n, k, fmt, device="cpu")
+
+
+@formats
+@ways
+def test_decoded_rows_in_the_interpreter(fmt, way):
+    check_decoded_rows(fmt, way, [(1, 128, 512), (way.BM, 256, 960), (way.BM - 3, 128, 3008)], "cpu")
 
 
 @pytest.mark.gpu

@@ -1,17 +1,16 @@
-"""Hopper products by strips: what the kernel would load and compute, followed on the CPU."""
+"""Hopper products by strips, interpreted on the CPU and, where there is one, on a GPU."""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from unittest import mock
 
 import pytest
 import torch
 
 from torch_fp4ops import scale_layouts
-from torch_fp4ops.block_quantization import dequantize_blocks
 from torch_fp4ops.formats import FORMATS, MXFP4, MXFP8, NVFP4
-from torch_fp4ops.hopper_layout import hopper_size, pack_hopper_weight, unpack_hopper_weight
+from torch_fp4ops.hopper_layout import hopper_size, pack_hopper_weight
 from torch_fp4ops.testing import assert_same_bytes
 
 from .test_hopper import dequantized, storable, values
@@ -24,87 +23,12 @@ from torch_fp4ops.ops._hopper_ways import AT_ONCE, STRIPS, WAYS, AtOnce, Strips,
 from torch_fp4ops.ops._triton_dequantize import decoded as decoded_before
 from torch_fp4ops.ops._triton_gemm_launch import Operand
 
+from ..gluon_interpreter import decoded_by_reference, interpreted
+
 FORMATS_AND_WAYS = [(fmt, way) for fmt in (NVFP4, MXFP4, MXFP8) for way in STRIPS[fmt.name]]
 formats_and_ways = pytest.mark.parametrize(
     ("fmt", "way"), FORMATS_AND_WAYS, ids=[f"{fmt.name}-{way.BM}x{way.S}x{way.KS}" for fmt, way in FORMATS_AND_WAYS]
 )
-
-
-def box(descriptor, at):
-    """What a TMA load brings: zeros beyond the tensor."""
-    data = torch.as_strided(descriptor.base, descriptor.shape, descriptor.strides)
-    out = torch.zeros(descriptor.block_shape, dtype=data.dtype)
-    inside = tuple(slice(a, a + size) for a, size in zip(at, descriptor.block_shape, strict=True))
-    part = data[inside]
-    out[tuple(slice(0, size) for size in part.shape)] = part
-    return out
-
-
-def decoded(codes, scales, fmt):
-    """Four steps of a strip, [4, pieces, 128] and [4, words]: [4, 16, 64], as the four quarters of a tile."""
-    pieces, words = codes.shape[1], scales.shape[1]
-    tile = torch.zeros(4, 2, pieces, 4, 128, dtype=torch.int32)  # kt, sub, piece, quarter
-    tile[0, 0] = codes.transpose(0, 1)
-    steps = torch.zeros(4, 2, 4, words, dtype=torch.int32)
-    steps[0, 0] = scales
-    packed = tile.view(torch.uint8).view(128, -1), steps.view(torch.uint8).view(128, -1)
-    return dequantize_blocks(*unpack_hopper_weight(*packed, fmt), fmt)[:64, :64].view(4, 16, 64)
-
-
-def decoded_rows(codes, scales, units, cols, layout, m, k_steps, fmt):
-    per_step = 64 // fmt.elements_per_byte
-    rows = torch.as_strided(codes.view(torch.uint8), (m, k_steps * per_step), (16 * units, 1)).contiguous()
-    blocks = k_steps * 64 // fmt.block_size
-    assert cols == scale_layouts.scale_shape(m, blocks, layout)[1]
-    steps = scale_layouts.unswizzle(scales.view(torch.uint8), m, blocks, layout)
-    return dequantized(rows, steps, fmt)
-
-
-class Simulated:
-    """In place of ``strips_kernel``: its loads, its division of K among warps and its sums."""
-
-    def __init__(self, fmt):
-        self.fmt = fmt
-
-    def __getitem__(self, grid):
-        return lambda *args, **constants: [self.program(i, *args, **constants) for i in range(*grid)]
-
-    def program(
-        self, i, x_desc, codes_desc, scales_desc, x_codes, x_scales, x_units, x_cols, out, alpha, m, n, k_steps, steps,
-        **constants,
-    ):  # fmt: skip
-        s, ks, stages, own = constants["S"], constants["KS"], constants["STAGES"], constants["OWN"]
-        turns = 1 if own else 2
-        width = codes_desc.block_shape[2]
-        pieces = codes_desc.block_shape[1]
-        room, needed = stages * ks * s * pieces * 512, s * 4 * turns * 16 * constants["BM"] * 4
-        assert steps % ks == 0 and s % width == 0 and room >= needed  # for the sums, where codes are
-        first = min(i * s, n // 16 - s)
-        sums = torch.zeros(s, 4 * turns, 16, constants["BM"])
-        if x_desc is None:
-            layout = "128x4" if constants["X_LAYOUT"] == 1 else "8x4"
-            rows = decoded_rows(x_codes, x_scales, x_units, x_cols, layout, m, k_steps, self.fmt)
-            x_of = torch.zeros(steps, constants["BM"], 64)
-            x_of[:k_steps, :m] = rows.view(m, k_steps, 64).transpose(0, 1)
-        for k in range(0, steps, ks):
-            x = box(x_desc, [k, 0, 0]).float() if x_desc is not None else x_of[k : k + ks]
-            for j in range(s):
-                strip = first + j // width * width
-                row = strip // 8 * steps + k
-                codes = box(codes_desc, [row, strip % 8 // 4 * pieces, strip % 4, 0])[:, :, j % width]
-                scales = box(scales_desc, [row, strip % 8, 0])[:, j % width]
-                for q in range(0, ks, 4):
-                    w = decoded(codes[q : q + 4], scales[q : q + 4], self.fmt)
-                    first_warp = k // ks % turns * 4
-                    sums[j, first_warp : first_warp + 4] += w @ x[q : q + 4].mT
-        # What is decoded there of NVFP4 is 2^-7 of what it stands for, as the weight is.
-        assert constants["FACTOR"] == (2.0**7 if self.fmt is NVFP4 else 1.0) ** (1 if x_desc is not None else 2)
-        result = sums.sum(1).view(s * 16, -1)[:, :m].T * (1 if alpha is None else alpha.reshape(-1, 1))
-        out[:, first * 16 : (first + s) * 16] = result
-
-
-def simulated(fmt):
-    return mock.patch("torch_fp4ops.ops._hopper_strips.strips_kernel", Simulated(fmt))
 
 
 @pytest.mark.parametrize("fmt", [NVFP4, MXFP4, MXFP8], ids=lambda fmt: fmt.name)
@@ -113,7 +37,7 @@ def simulated(fmt):
 )
 def test_programs_load_and_multiply_every_strip_once(fmt, s, ks, own):
     way = Strips(8, s, ks, 3 if own else 4, own, start=4.0, step=0.004, strip=0.02)
-    with simulated(fmt):
+    with interpreted():
         check_every_strip(fmt, way, 448, s)
 
 
@@ -156,7 +80,7 @@ def quantized_rows(m, k, fmt, layout, seed, device="cpu", any_scale=False):
 )
 @pytest.mark.parametrize("layout", ["128x4", "8x4"])
 def test_programs_read_the_rows_that_they_decode(fmt, m, cut_up, layout):
-    with simulated(fmt):
+    with interpreted():
         check_rows_are_read(fmt, Strips(*cut_up, start=4.0, step=0.004, strip=0.02), m, layout)
 
 
@@ -186,7 +110,15 @@ def test_rows_decoded_in_the_product_are_those_decoded_before(fmt, way):
     check_decoded_rows(fmt, way, [(1, 896, 512), (way.BM, 2048 * way.S, 1088), (way.BM - 3, 256, 4096)])
 
 
-def check_decoded_rows(fmt, way, sizes):
+@formats_and_ways
+def test_decoded_rows_in_the_interpreter(fmt, way):
+    k = 64 * way.KS * 7 - 64
+    if not decodes(way, fmt.name, k, way.BM - 3):
+        pytest.skip("rows are decoded before")
+    check_decoded_rows(fmt, way, [(way.BM - 3, 16 * way.S, k)], "cpu")
+
+
+def check_decoded_rows(fmt, way, sizes, device="cuda"):
     """What the product decodes itself gives the bytes that a kernel before it does."""
     compared = 0
     for seed, (m, n, k) in enumerate(sizes):
@@ -194,21 +126,23 @@ def check_decoded_rows(fmt, way, sizes):
         if chosen is None or not decodes(way, fmt.name, k, m):
             continue
         codes, scales = storable(seed, n, k, fmt)
-        weight, scale = (t.cuda() for t in pack_hopper_weight(codes, scales, fmt))
+        weight, scale = (t.to(device) for t in pack_hopper_weight(codes, scales, fmt))
         for layout, any_scale in itertools.product(("128x4", "8x4"), (False, True)):
-            rows = quantized_rows(m, k, fmt, layout, seed, "cuda", any_scale)
-            outs = [torch.full((m, weight.shape[0]), 7.0, device="cuda") for _ in range(4)]
-            for i, out in enumerate(outs):
-                a = rows if i < 3 else Operand(decoded_before(rows, torch.bfloat16))
-                _hopper_launch.multiply(a, weight, scale, fmt, out, None, chosen)
-            for out in outs[:3]:
-                assert_same_bytes(out.nan_to_num(nan=12345.0), outs[3].nan_to_num(nan=12345.0))
+            rows = quantized_rows(m, k, fmt, layout, seed, device, any_scale)
+            before = Operand((decoded_before if device == "cuda" else decoded_by_reference)(rows, torch.bfloat16))
+            operands = [rows, rows, rows, before] if device == "cuda" else [rows, before]
+            outs = [torch.full((m, weight.shape[0]), 7.0, device=device) for _ in operands]
+            with interpreted(seed) if device == "cpu" else contextlib.nullcontext():
+                for a, out in zip(operands, outs, strict=True):
+                    _hopper_launch.multiply(a, weight, scale, fmt, out, None, chosen)
+            for out in outs[:-1]:
+                assert_same_bytes(out.nan_to_num(nan=12345.0), outs[-1].nan_to_num(nan=12345.0))
             compared += 1
     assert compared
 
 
 def test_one_row_may_have_any_stride():
-    with simulated(NVFP4):
+    with interpreted():
         check_any_stride(STRIPS["nvfp4"][1])
 
 
@@ -279,6 +213,15 @@ def test_stages_are_short_where_k_is(fmt, m):
         steps = [way.KS for way in ways]
         assert steps == ([4, 4, 8, 8] if fmt != "mxfp8" else [8 if n == 4096 else 4] * 4)
     assert best(4096, 28672 + 256).KS == 4
+
+
+@formats_and_ways
+def test_a_way_by_strips_is_right_in_the_interpreter(fmt, way):
+    """With more stages than the ring holds."""
+    m, (n, k) = way.BM - 3, hopper_size(16 * way.S, (way.STAGES + 3) * way.KS * 64)
+    chosen = cut(way, m, n, k, 132)
+    assert chosen is not None
+    check_way(chosen, m, n, k, fmt, device="cpu")
 
 
 @pytest.mark.gpu

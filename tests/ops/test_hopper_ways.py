@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import defaultdict
 
 import pytest
@@ -21,6 +22,8 @@ from torch_fp4ops.ops import _hopper_kernels, _hopper_launch
 from torch_fp4ops.ops._hopper_plan import SHARED_BYTES
 from torch_fp4ops.ops._hopper_ways import WAYS, Cut, Way, choose, cut, float32_ways
 from torch_fp4ops.ops._triton_gemm_launch import Operand
+
+from ..gluon_interpreter import interpreted
 
 PROCESSORS = 132
 
@@ -133,6 +136,17 @@ def test_what_comes_early_to_add_parts_up_has_a_multiprocessor_each(processors):
     assert early == {True, False}
 
 
+@ways
+@pytest.mark.parametrize("fmt", [NVFP4, MXFP8], ids=lambda fmt: fmt.name)
+def test_a_way_is_right_in_the_interpreter(way, fmt):
+    """With an almost empty last tile of x, programs of several tiles, and parts where the way has them."""
+    m, n = way.BM + way.BM // 4 + 1, max(256, 2 * way.rows)
+    k = 256 * way.KW * max(3, way.CLUSTER + 1)
+    cuts = [cut(way, m, n, k, processors, fmt.name) for processors in (3, 2, 4, PROCESSORS)]
+    chosen = next(each for each in cuts if each is not None and (each.parts > 1) == way.STREAM)
+    check_way(chosen, m, n, k, fmt, device="cpu")
+
+
 @pytest.mark.gpu
 @ways
 @formats
@@ -217,22 +231,25 @@ def check_way(
     fmt: BlockFormat,
     dtype: torch.dtype = torch.bfloat16,
     out_dtype: torch.dtype = torch.bfloat16,
+    device: str = "cuda",
 ) -> None:
-    codes = torch.randint(0, 256, (n, k // fmt.elements_per_byte), device="cuda").to(torch.uint8)
+    """Within the bound, and the same each time: on a GPU, or interpreted, with other orders of events."""
+    codes = torch.randint(0, 256, (n, k // fmt.elements_per_byte), device=device).to(torch.uint8)
     if fmt is MXFP8:
         codes[(codes & 0x7F) == 0x7F] = 0
     low, high = (0x20, 0x60) if fmt is NVFP4 else (116, 128)
-    scales = torch.randint(low, high, (n, k // fmt.block_size), device="cuda").to(torch.uint8)
+    scales = torch.randint(low, high, (n, k // fmt.block_size), device=device).to(torch.uint8)
     weight, scale = pack_hopper_weight(codes, scales, fmt)
-    x = torch.randn(m, k, device="cuda").to(dtype)
-    alpha = torch.rand(m, device="cuda") + 0.5
+    x = torch.randn(m, k, device=device).to(dtype)
+    alpha = torch.rand(m, device=device) + 0.5
 
-    def product() -> Tensor:
-        out = torch.full((m, n), torch.nan, device="cuda", dtype=out_dtype)
-        _hopper_launch.multiply(Operand(x), weight, scale, fmt, out, alpha, chosen)
+    def product(run: int) -> Tensor:
+        out = torch.full((m, n), torch.nan, device=device, dtype=out_dtype)
+        with interpreted(run) if device == "cpu" else contextlib.nullcontext():
+            _hopper_launch.multiply(Operand(x), weight, scale, fmt, out, alpha, chosen)
         return out
 
-    first = product()
+    first = product(0)
     values = codes.view(torch.float8_e4m3fn) if fmt is MXFP8 else codes
     assert_matmul_close(first, x, dequantize_blocks(values, scales, fmt), alpha)
-    assert all(torch.equal(product(), first) for _ in range(50))
+    assert all(torch.equal(product(run), first) for run in range(1, 2 if device == "cpu" else 51))
