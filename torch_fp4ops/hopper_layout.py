@@ -146,11 +146,13 @@ _ORDERS = {"e2m1": _FP4_ORDER, "e4m3": _FP8_ORDER}
 
 
 def _moved(data: Tensor, element: str, places: dict[int, int]) -> Tensor:
-    words = data.view(_UNITS[element])
+    unit = _UNITS[element]
+    flat = data.flatten()  # rows of nothing have strides that no view as words takes, nor do other offsets
+    words = (flat.clone() if flat.storage_offset() % unit.itemsize else flat).view(unit)
     out = torch.zeros_like(words)
     for shift, mask in moves(places, 8 * words.element_size()):
         out |= (words << shift if shift >= 0 else words >> -shift) & mask
-    return out.view(torch.uint8)
+    return out.view(torch.uint8).view(data.shape)
 
 
 def hopper_size(n: int, k: int) -> tuple[int, int]:

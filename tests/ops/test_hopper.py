@@ -116,7 +116,7 @@ def product_by_reference(
     x = decoded(a, torch.bfloat16)
     assert weight.is_contiguous() and scale.is_contiguous() and out.is_contiguous()
     assert weight.dtype == scale.dtype == torch.uint8 and x.dtype in (torch.bfloat16, torch.float16)
-    assert scale.shape == (weight.shape[0], weight.shape[1] * fmt.elements_per_byte // fmt.block_size)
+    scale = scale.view(weight.shape[0], weight.shape[1] * fmt.elements_per_byte // fmt.block_size)
     values = dequantize_blocks(*unpack_hopper_weight(weight, scale, fmt), fmt)[:, : x.shape[1]]
     sums = x.float() @ values.T
     out.copy_(sums if alpha is None else sums * alpha.reshape(-1, 1))

@@ -9,10 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from torch_fp4ops import mm_bf16_fp4
 from torch_fp4ops.formats import MXFP4, MXFP8, NVFP4
 from torch_fp4ops.testing import assert_matmul_close
 from torch_fp4ops.testing.samples import values
-from torch_fp4ops.weight_layouts import pack_hopper_weight
+from torch_fp4ops.weight_layouts import pack_hopper_weight, unpack_hopper_weight
 
 from .test_hopper import dequantized, storable
 
@@ -69,3 +70,47 @@ def test_on_a_gpu(m, n, k, fmt, half):
 def test_in_the_interpreter(m, n, blocks, kind, processors, seed):
     with interpreted(seed), mock.patch.object(_hopper_launch, "processors", lambda device: processors):
         check_product(m, n, blocks * 32, *kind, "cpu")
+
+
+def test_weights_may_be_anywhere():
+    """Also where neither TMA nor a view as words takes them, as in a buffer that holds a whole checkpoint."""
+    packed = pack_hopper_weight(*storable(0, 128, 256, NVFP4), NVFP4)
+    moved = []
+    for t, offset in zip(packed, (2, 7), strict=True):
+        moved.append(torch.empty(t.numel() + offset, dtype=torch.uint8)[offset:].view(t.shape).copy_(t))
+    for m in (1, 20):
+        x = values(m, m, 256)
+        outs = [product(x, *weight) for weight in (packed, moved)]
+        outs += [mm_bf16_fp4(x, *weight, b_layout="hopper", backend="reference") for weight in (packed, moved)]
+        first, second, wanted, again = (out.nan_to_num(nan=7.0) for out in outs)
+        assert torch.equal(first, second) and torch.equal(wanted, again)
+
+
+def test_rows_may_all_be_the_same_one():
+    weight, scale = pack_hopper_weight(*storable(0, 128, 256, NVFP4), NVFP4)
+    for m in (3, 20):
+        x = values(0, 1, 256).expand(m, 256)
+        outs = (product(rows, weight, scale).nan_to_num(nan=7.0) for rows in (x, x.contiguous()))
+        assert torch.equal(*outs)
+
+
+@pytest.mark.parametrize(("m", "n", "k"), [(0, 128, 256), (3, 0, 256), (3, 128, 0), (20, 128, 0)])
+def test_empty(m, n, k):
+    """A sum of nothing is 0."""
+    for fmt in (NVFP4, MXFP4, MXFP8):
+        codes = torch.zeros(n, k // fmt.elements_per_byte, dtype=torch.uint8)
+        weight, scale = pack_hopper_weight(codes, torch.zeros(n, k // fmt.block_size, dtype=torch.uint8), fmt)
+        assert all(t.numel() == 0 for t in unpack_hopper_weight(weight, scale, fmt)) == (n * k == 0)
+        out = product(values(0, m, k), weight, scale, fmt)
+        assert out.shape == (m, n) and not out.any()
+        if fmt is not MXFP8:
+            x = values(0, m, k)
+            out = mm_bf16_fp4(x, weight, scale, block_size=fmt.block_size, b_layout="hopper", backend="reference")
+            assert out.shape == (m, n) and not out.any()
+
+
+def product(x, weight, scale, fmt=NVFP4):
+    out = torch.full((x.shape[0], weight.shape[0]), 7.0, dtype=torch.bfloat16)
+    with interpreted(), mock.patch.object(_hopper_launch, "processors", lambda device: 132):
+        _hopper_launch.product(Operand(x), weight, scale, fmt, out, None)
+    return out

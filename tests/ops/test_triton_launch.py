@@ -63,3 +63,18 @@ def test_another_way_to_start_is_refused(monkeypatch):
     monkeypatch.setenv(EARLY_START_VARIABLE, "no")
     with pytest.raises(ValueError, match="TORCH_FP4OPS_EARLY_START is 'no'; allowed: '1', 'within', '0'"):
         _triton_launch._starts_early.__wrapped__(GPU, False)
+
+
+def test_rows_are_copied_together_where_they_are_far_apart():
+    """Kernels index a tile's rows in 32 bits."""
+    for step, copied in ((1 << 25, False), (1 << 26, False), ((1 << 26) + 8, True)):
+        whole = torch.empty(step + 16, dtype=torch.bfloat16)  # of which few pages are ever touched
+        x = whole.as_strided((2, 16), (step, 1))
+        x.copy_(torch.arange(32.0).view(2, 16))
+        rows, units = _triton_launch.rows_of_units(x)
+        assert torch.equal(rows, x) and (rows.data_ptr() != x.data_ptr()) == copied
+        assert units == (2 if copied else step // 8)
+    one = torch.empty(1, 16, dtype=torch.bfloat16).as_strided((1, 16), (1 << 40, 1))
+    wide = torch.empty(3, (1 << 26) + 8, dtype=torch.bfloat16, device="meta")
+    assert _triton_launch.rows_of_units(one)[1] == 2
+    assert _triton_launch.rows_of_units(wide) == (wide, (1 << 23) + 1)

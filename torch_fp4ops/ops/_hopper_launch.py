@@ -27,7 +27,7 @@ from ._hopper_kernels import (
 )
 from ._hopper_ways import AtOnce, Cut, Strips, Way, choose, decodes
 from ._triton_dequantize import decoded
-from ._triton_gemm_launch import Operand
+from ._triton_gemm_launch import Operand, aligned
 from ._triton_launch import (
     INTERPRETED,
     LAUNCHES_CLUSTERS,
@@ -65,19 +65,22 @@ def product(a: Operand, weight: Tensor, scale: Tensor, fmt: BlockFormat, out: Te
 
     Args:
         a: ``[m, k]``, bfloat16, or float16 for NVFP4, or quantised to ``fmt`` with swizzled scales.
-        weight, scale: bytes of the layout "hopper", ``[n, K / elements a byte]`` and ``[n, K / block_size]``, with n a
-            multiple of 128 and K, k rounded up to 256.
+        weight, scale: bytes of the layout "hopper", ``[n, K / elements a byte]`` and ``[n, K / block_size]`` or flat,
+            with n a multiple of 128 and K, k rounded up to 256.
         out: bfloat16, float16 or float32 ``[m, n]``, contiguous.
         alpha: float32, one element or one a row, or None.
     """
     n = out.shape[1]
     k = weight.shape[1] * fmt.elements_per_byte
-    if out.numel():
+    if not a.k:
+        out.zero_()
+    elif out.numel():
+        scale = scale.view(n, k // fmt.block_size)
         cut = choose(
             out.shape[0], n, k, processors(out.device), out.dtype, a.k % 64 == 0, fmt.name, LAUNCHES_CLUSTERS,
             a.scales is not None,
         )  # fmt: skip
-        multiply(a, weight, scale, fmt, out, alpha, cut)
+        multiply(a, aligned(weight), aligned(scale), fmt, out, alpha, cut)
 
 
 class _Product(NamedTuple):
@@ -210,6 +213,11 @@ def _quantized_words(x: Tensor, a: Operand, m: int, fmt: BlockFormat) -> tuple[T
 
 
 def _whole_rows(x: Tensor) -> tuple[Tensor, int]:
-    """As :func:`rows_of_units`; one row alone may have any stride, which neither TMA nor a view as words takes."""
+    """As :func:`rows_of_units`; one row alone may have any stride, which neither TMA nor a view as words takes.
+
+    Nor is TMA given rows that are all the same one.
+    """
     rows, units = rows_of_units(x)
+    if not units:
+        rows, units = rows_of_units(x.contiguous())
     return rows.as_strided(rows.shape, (16 * units // rows.element_size(), 1)), units

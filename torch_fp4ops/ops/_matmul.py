@@ -61,7 +61,8 @@ def plain_weight(weight: Tensor, scales: Tensor, k: int, fmt: BlockFormat, b_lay
     n, blocks = weight.shape[0], k // fmt.block_size
     if b_layout == HOPPER:
         stored = weight.view(torch.uint8)
-        codes, steps = unpack_hopper_weight(stored, scales.reshape(n, -1), fmt)
+        columns = stored_k(b_layout, k) // fmt.block_size
+        codes, steps = unpack_hopper_weight(stored, scales.reshape(n, columns), fmt)
         codes, steps = codes[:, : k // fmt.elements_per_byte], steps[:, :blocks]
         return codes.contiguous().view(weight.dtype), steps
     if b_layout == TRTLLM:

@@ -25,6 +25,7 @@ __all__ = [
     "Config",
     "Grouping",
     "Operand",
+    "aligned",
     "architecture",
     "configuration",
     "constants_of",
@@ -55,7 +56,7 @@ class Operand(NamedTuple):
             return cls(elements)
         if elements.dtype != torch.uint8:
             elements = elements.view(torch.uint8)  # Triton knows no E4M3 on compute capability 8.0
-        return cls(elements, fmt.name, _aligned(scales), layout)
+        return cls(elements, fmt.name, aligned(scales), layout)
 
     @property
     def k(self) -> int:
@@ -195,7 +196,7 @@ def matmul(
     if config is None:
         config = configuration(arch, m, a.format, b.format, dtype)
     elements, units = rows_of_units(a.elements, _row_unit(a))
-    b_elements = _aligned(b.elements)
+    b_elements = aligned(b.elements)
     alpha, alpha_form = global_scale_form(alpha)
     constants = constants_of(a, b, config)
     scales = (a.scales, b.scales)
@@ -277,7 +278,7 @@ def constants_of(a: Operand, b: Operand, config: Config) -> dict[str, Any]:
     }
 
 
-def _aligned(t: Tensor) -> Tensor:
+def aligned(t: Tensor) -> Tensor:
     """``t``, contiguous, where words can be loaded from its start."""
     return t if t.data_ptr() % 16 == 0 else t.clone()
 

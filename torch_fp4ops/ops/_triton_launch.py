@@ -47,6 +47,9 @@ EARLY_STARTS = {"1": (True, True), "within": (False, True), "0": (False, False)}
 # packed_metadata: warps, programs of a cluster, bytes of shared memory.
 _KNOWN_TO_RUN = (3, 6) <= tuple(map(int, triton.__version__.split(".")[:2])) <= (3, 9)
 
+_FARTHEST = 1 << 27
+"""Bytes from row to row: 16 of them, the most rows of a tile that is not addressed in 64 bits, span 2 GiB."""
+
 LAUNCHES_CLUSTERS = _KNOWN_TO_RUN
 """Whether :func:`launch` can have thread block clusters, given a GPU that has them."""
 
@@ -223,12 +226,14 @@ def _launcher(compiled: Any, grid: tuple[int, ...], device: int) -> Callable[...
 def rows_of_units(x: Tensor, unit: int = 16) -> tuple[Tensor, int]:
     """``x`` as rows whose 16-byte units can be loaded whole, and the distance of two rows in units.
 
-    Flattens all but the last dimension; copies where a view can't have that (strided or unaligned elements).
+    Flattens all but the last dimension; copies where a view can't have that (strided or unaligned elements), and rows
+    that are so far apart that kernels could not index a tile of them in 32 bits.
     """
     rows = x.flatten(0, -2) if x.dim() > 2 else x
     size = x.element_size()
     stride = (rows.stride(0) if rows.shape[0] > 1 else rows.shape[1]) * size
-    if rows.stride(1) != 1 or stride % unit or rows.data_ptr() % 16:
+    too_far = stride > max(rows.shape[1] * size, _FARTHEST)
+    if rows.stride(1) != 1 or stride % unit or rows.data_ptr() % 16 or too_far:
         rows = rows.clone(memory_format=torch.contiguous_format)
         stride = rows.shape[1] * size
     return rows, stride // unit

@@ -12,10 +12,14 @@ MXFP8 blocks whose scale is below 2^-124 lose bits that bfloat16 has no place fo
 
 from __future__ import annotations
 
+import contextlib
+import threading
+
 import torch
 import triton.language as tl
 from torch import Tensor
 
+from .. import replay
 from ..formats import FORMATS, NVFP4
 from ..hopper_layout import hopper_size
 from ._hopper_launch import product as hopper_product
@@ -30,13 +34,19 @@ __all__ = ["product"]
 _DECODE_FIRST_ROWS = 128
 """Above so many rows; NVIDIA H200: 256 x 4096 x 4096 NVFP4 takes 54 us in one kernel and 16 us in cuBLAS alone."""
 
+_ALLOW_SUMS_IN_16_BITS = {
+    torch.bfloat16: ["allow_bf16_reduced_precision_reduction"],
+    torch.float16: ["allow_fp16_reduced_precision_reduction", "allow_fp16_accumulation"],
+}
+_CHANGING_SETTINGS = threading.Lock()
+
 _TORCH_DTYPES = {tl.bfloat16: torch.bfloat16, tl.float16: torch.float16}
 
 
 def product(a: Operand, b: Operand, out: Tensor, alpha: Tensor | None = None) -> None:
     """``out = (a @ b.T) * alpha``, accumulated in fp32 and rounded once; b is ``[n, K]``."""
     dtype = _TORCH_DTYPES.get(multiplied_as(a, b))
-    if dtype is None or not _decodes_first(out):
+    if dtype is None or not a.k or not _decodes_first(out):
         matmul(a, b, out, alpha)
         return
     if _packs_first(b, out):
@@ -45,13 +55,44 @@ def product(a: Operand, b: Operand, out: Tensor, alpha: Tensor | None = None) ->
         return
     a_decoded, b_decoded = decoded(a, dtype), decoded(b, dtype).t()
     if alpha is None and out.dtype == dtype:
-        torch.mm(a_decoded, b_decoded, out=out)
+        _multiply(a_decoded, b_decoded, out)
         return
     sums = torch.mm(a_decoded, b_decoded, out_dtype=torch.float32)
     if alpha is None:
         out.copy_(sums)
     else:
         torch.mul(sums, alpha.reshape(-1, 1), out=out)
+
+
+def _multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """``out = a @ b`` of 16 bits; a step of its own in a replay, which has to change settings again, too."""
+    trace = replay.tracing()
+    with trace.pause() if trace is not None else contextlib.nullcontext():
+        _multiply_in_fp32(a, b, out)
+    if trace is not None:
+        trace.launched(_multiply_in_fp32, (a, b, out), addresses=False)
+
+
+def _multiply_in_fp32(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """``torch.mm`` without sums in 16 bits, which torch allows cuBLAS by default and which are rounded more than once.
+
+    The settings are the process's. What other threads multiply meanwhile is more exact than they asked for.
+    """
+    settings = torch.backends.cuda.matmul
+    with _CHANGING_SETTINGS:
+        # Where K may not be split there are no parts whose sums could be rounded.
+        allowed = [
+            name
+            for name in _ALLOW_SUMS_IN_16_BITS[a.dtype]
+            if getattr(settings, name) and getattr(settings, f"{name}_split_k", True)
+        ]
+        try:
+            for name in allowed:
+                setattr(settings, name, False)
+            torch.mm(a, b, out=out)
+        finally:
+            for name in allowed:
+                setattr(settings, name, True)
 
 
 def _decodes_first(out: Tensor) -> bool:

@@ -33,5 +33,5 @@ def mm_bf16_fp4_gluon(
 ) -> Tensor:
     out = a.new_empty((a.shape[0], b.shape[0]), dtype=out_dtype or a.dtype)
     fmt = NVFP4 if block_size == NVFP4.block_size else MXFP4
-    product(Operand(a), b, b_descale.view(b.shape[0], -1), fmt, out, alpha)
+    product(Operand(a), b, b_descale, fmt, out, alpha)
     return out

@@ -27,5 +27,5 @@ def mm_mxfp8_gluon(
     weight = b.T.view(torch.uint8)
     out = a.new_empty((a.shape[0], weight.shape[0]), dtype=out_dtype)
     rows = Operand.of(MXFP8, a, a_descale, a_layout(use_8x4_sf_layout))
-    product(rows, weight, b_descale.view(weight.shape[0], -1), MXFP8, out, None)
+    product(rows, weight, b_descale, MXFP8, out, None)
     return out
