@@ -94,6 +94,11 @@ def test_check_rejects_an_unknown_op(capsys):
     assert "there is no op mm_fp5; the ops are cutlass_fused_moe" in capsys.readouterr().err
 
 
+def test_check_rejects_a_backend_that_no_op_has():
+    with pytest.raises(SystemExit, match="--backend is 'tritn'; allowed: .*reference"):
+        cli.main(["check", "mm_fp4", "--device", "cpu", "--backend", "tritn"])
+
+
 def test_bench_says_where_it_lives(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(cli, "__file__", str(tmp_path / "torch_fp4ops" / "cli.py"))
     assert cli.main(["bench"]) == 2

@@ -102,6 +102,28 @@ def test_activations_that_do_not_fit_the_weight():
         mxfp8.mm(values(0, M, K))
 
 
+@pytest.mark.parametrize("layout", ["plain", "trtllm", "hopper"])
+def test_activations_of_another_k_are_refused(layout):
+    """Also where padding would make them fit."""
+    weight = prepare_fp4_weight(*quantized(N, K, 16), layout, scale_layout="128x4")
+    for k in (K - 32, K + 32, 2 * K):
+        with pytest.raises(ValueError, match=rf"a is of shape \({M}, {k}\); allowed: \(m, {K}\)"):
+            weight.mm(values(0, M, k))
+        with pytest.raises(ValueError, match=rf"a is of shape \({M}, {k // 2}\); allowed: \(m, {K // 2}\)"):
+            weight.mm(*quantized(M, k, 16))
+    with pytest.raises(ValueError, match=rf"a is of shape \({K},\); allowed: \(m, {K}\)"):
+        weight.mm(values(0, 1, K)[0])
+
+
+def test_weights_of_two_formats_compile_one_after_the_other(fresh_dynamo):
+    """From the second one on their block size is no constant."""
+    multiply = torch.compile(lambda weight, x: weight.mm(x), fullgraph=True, backend="aot_eager")
+    x = values(0, M, K)
+    for block in (16, 32, 16):
+        weight = prepare_fp4_weight(*quantized(N, K, block), "plain", scale_layout="128x4", block_size=block)
+        assert_same_bytes(multiply(weight, x), weight.mm(x))
+
+
 def test_a_weight_that_hopper_has_no_form_for_changes_nothing():
     b, b_sf = quantized(N, K, 32, swizzled=False)
     b_sf[3, 1] = 140

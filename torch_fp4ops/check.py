@@ -65,6 +65,9 @@ def run(
 
     ``backend`` restricts the check to one; None is every backend that each op has.
     """
+    known = sorted({b for name in op_names for b in OPS[name].backend_names()})
+    if backend is not None and backend not in known:
+        raise SystemExit(f"check: --backend is {backend!r}; allowed: {', '.join(known)}")
     results = []
     print(f"{'op':26} {'device':7} {'backend':12} {'right':>6} {'wrong':>6} {'refused':>8}")
     for name in op_names:

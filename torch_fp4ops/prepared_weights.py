@@ -86,6 +86,9 @@ class PreparedWeight:
         if not sixteen_bits and a_descale is None:
             raise ValueError(f"PreparedWeight.mm: a_descale is None with a of {a.dtype}; allowed: the scales of a")
         data = as_bytes(a)
+        wanted = self.k if sixteen_bits or mxfp8 else self.k // 2
+        if data.dim() != 2 or data.shape[1] != wanted:
+            raise ValueError(f"PreparedWeight.mm: a is of shape {tuple(data.shape)}; allowed: (m, {wanted})")
         if self.layout != "hopper":
             missing = self.weight.shape[1] * (2 if sixteen_bits else 1) - data.shape[1]
             if missing:  # zeros, whose scales are the zeros that pad a_descale

@@ -134,6 +134,10 @@ class Op(WithBackends):
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         device = (args[0] if args else kwargs[self._names[0]]).get_device()
+        kind_of_device = "cpu" if device < 0 else "cuda"
+        if torch.is_autocast_enabled(kind_of_device):  # else it would change what a backend asks torch to multiply
+            with torch.autocast(kind_of_device, enabled=False):
+                return self._run(*args, **kwargs)
         if (device < 0 and not replay.ON_CPU) or recorder.get() is not None:
             return self._run_checked(args, kwargs)
         kind, given = kind_of(args, kwargs)

@@ -66,6 +66,21 @@ def test_outputs_are_fresh_contiguous_and_as_promised(name, i):
                 assert_same_bytes(n, o, argument.name)
 
 
+@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_changes_nothing(name, dtype):
+    """It is for the types of torch's own products, not for those that an op is made of."""
+    op = OPS[name]
+    for sample in cached_samples(name)[:4]:
+        cast, wanted = sample.clone(), sample.clone()
+        with torch.autocast("cpu", dtype=dtype):
+            out = op(*cast.args, **cast.kwargs)
+            assert torch.is_autocast_enabled("cpu")
+        pairs = zip(tensors((out, cast.args)), tensors((op(*wanted.args, **wanted.kwargs), wanted.args)), strict=True)
+        for given, expected in pairs:
+            assert_same_bytes(given, expected)
+
+
 @pytest.mark.parametrize(("name", "i"), CASES)
 def test_every_backend_that_can_take_the_sample_is_right(name, i):
     _check_backends(OPS[name], cached_samples(name)[i])

@@ -25,9 +25,10 @@ def _contract(call: Call) -> Out:
     # Bytes or elements per stored item: int64 holds 16 codes, uint8 two, a float one value.
     pack = 16 if fc1.dtype == torch.int64 else 2 if mode.weights else 1
     experts, hidden, inter = fc1.shape[0], fc1.shape[2] * pack, fc2.shape[2] * pack
-    known = call.activation_type in _modes.ACTIVATIONS
-    call.require(known, "activation_type", call.activation_type, f"one of {sorted(_modes.ACTIVATIONS)}")
-    fc1_rows = inter * (2 if _modes.ACTIVATIONS[call.activation_type].gated else 1)
+    # By comparison: a number that is traced has no hash.
+    known = [activation for number, activation in _modes.ACTIVATIONS.items() if number == call.activation_type]
+    call.require(bool(known), "activation_type", call.activation_type, f"one of {sorted(_modes.ACTIVATIONS)}")
+    fc1_rows = inter * (2 if known[0].gated else 1)
     call.require_shape("fc1_expert_weights", (experts, fc1_rows, fc1.shape[2]))
     call.require_shape("fc2_expert_weights", (experts, hidden, fc2.shape[2]))
     tokens = _require_input(call, mode, hidden)

@@ -8,18 +8,20 @@ from torch import Tensor
 from ... import scale_layouts
 from ...block_quantization import dequantize_blocks
 from ...contracts import Call, Out
-from ...formats import MXFP4, NVFP4
+from ...formats import MXFP4, BlockFormat, fp4_format
 from ...registry import op
 from ...selection import Preference
 from .. import _matmul, _preferences, _scales
 
-_FORMATS = {f.block_size: f for f in (NVFP4, MXFP4)}
+
+def _format(block_size: int) -> BlockFormat | None:
+    return fp4_format(block_size, block_size == MXFP4.block_size)
 
 
 def _contract(call: Call) -> Out:
-    known = call.block_size in _FORMATS
-    call.require(known, "block_size", call.block_size, "16 (NVFP4) or 32 (MXFP4)")
-    fmt = _FORMATS[call.block_size]
+    fmt = _format(call.block_size)
+    call.require(fmt is not None, "block_size", call.block_size, "16 (NVFP4) or 32 (MXFP4)")
+    assert fmt is not None
     call.require_dtype("a", (torch.bfloat16, torch.float16))
     call.require_dtype("b", (torch.uint8,))
     call.require_rank("a", 2)
@@ -86,6 +88,7 @@ def mm_bf16_fp4(
     Source: FlashInfer ``mm_bf16_fp4`` with weights as its backend ``cute-dsl-native`` takes them, unprepared, and
     with ``b_layout``.
     """
-    fmt = _FORMATS[block_size]
+    fmt = _format(block_size)
+    assert fmt is not None
     b, scales = _matmul.plain_weight(b, b_descale, a.shape[1], fmt, b_layout)
     return _matmul.matmul(a.float(), dequantize_blocks(b, scales, fmt), alpha, out_dtype or a.dtype)
