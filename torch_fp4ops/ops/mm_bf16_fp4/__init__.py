@@ -42,7 +42,7 @@ def _contract(call: Call) -> Out:
 
 _PREFERENCES = (
     _preferences.FLASHINFER,
-    _preferences.gluon(2.45, 1.12),
+    _preferences.gluon(2.51, 1.12),
     Preference(
         "triton",
         "cuda",

@@ -42,7 +42,7 @@ def a_layout(use_8x4_sf_layout: bool) -> str:
 _PREFERENCES = (
     _preferences.FLASHINFER,
     _preferences.TRTLLM,
-    _preferences.gluon(2.26, 1.05),
+    _preferences.gluon(2.32, 1.06),
     Preference(
         "triton",
         "cuda",

@@ -38,7 +38,7 @@ def _contract(call: Call) -> Out:
 _PREFERENCES = (
     _preferences.FLASHINFER,
     _preferences.TRTLLM,
-    _preferences.gluon(1.68, 0.98),
+    _preferences.gluon(1.71, 0.99),
     Preference(
         "triton",
         "cuda",
