@@ -64,7 +64,7 @@ class Call:
     def require_rank(self, argument: str, rank: int) -> None:
         t = getattr(self, argument)
         if t.dim() != rank:
-            self.require(False, argument, t.shape, f"{rank} dimensions")
+            self.require(False, argument, t.shape, "1 dimension" if rank == 1 else f"{rank} dimensions")
 
     def require_shape(self, argument: str, shape: Sequence[int], why: str = "") -> None:
         t = getattr(self, argument)

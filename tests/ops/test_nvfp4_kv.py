@@ -93,7 +93,7 @@ NEW, CACHE, SF = (kv_arguments()[n] for n in ("append_key", "k_cache", "k_cache_
             r"append_value is of shape \(4, 2, 64\); allowed: shape \(5, 2, 64\), that of appe",
         ),
         ({"slot_mapping": torch.zeros(3)}, r"slot_mapping is torch.float32; allowed: torch.int32 or torch.int64"),
-        ({"slot_mapping": torch.zeros(1, 3).long()}, r"slot_mapping is of shape \(1, 3\); allowed: 1 dimensions"),
+        ({"slot_mapping": torch.zeros(1, 3).long()}, r"slot_mapping is of shape \(1, 3\); allowed: 1 dimension$"),
         ({"slot_mapping": torch.arange(6)}, r"slot_mapping is of shape \(6,\); allowed: at most 5 slots"),
         ({"k_cache": CACHE[0]}, r"k_cache is of shape \(4, 2, 32\); allowed: 4 dimensions"),
         ({"k_cache": CACHE.int()}, r"k_cache is torch.int32; allowed: torch.uint8"),
