@@ -33,9 +33,9 @@ class FP4Cache(Cache):
     Args:
         config: the model's; all its layers must have full attention.
         method: name of a method, see :func:`get_fp4_kv_cache_quant_method`.
-        max_cache_len: room for so many tokens of each sequence. A token past the end raises on the CPU (only eager
-            calls, for other methods than NVFP4), and is dropped on a GPU: ``generate`` stops in time, loops of your own
-            must.
+        max_cache_len: room for so many tokens of each sequence. A token past the end raises on the CPU (for methods
+            other than the three built in, only in eager calls), and is dropped on a GPU: ``generate`` stops in time,
+            loops of your own must.
         scales: global scales of the layers, see :func:`calibrate_kv_scales`; for methods that have them. None: ones.
         residual_length: the latest so many tokens stay in full precision. Only of a cache that grows.
 

@@ -69,7 +69,8 @@ class FP4Linear(BlockScaledLinear):
             None where there is no global scale, or each call has one of its own.
         input_global_scale: float32 ``[1]``, the encode scale of every input, say ``2688 / amax`` over calibration
             data; NVFP4 with activations ``"same"`` only. None: ``2688 / amax`` of each call's whole input, so that
-            the result for a row depends a little on the rows beside it.
+            the result for a row depends a little on the rows beside it; an infinite value in one row, or one some
+            10^7 times theirs, makes those rows zeros.
         weight_layout: ``"plain"``, as above, or another after :meth:`prepare`, with padded sizes.
         bias: a Parameter ``[N]``, or None.
 

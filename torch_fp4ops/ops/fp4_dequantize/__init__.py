@@ -77,7 +77,9 @@ def fp4_dequantize(
     Raises:
         ValueError: a wrong dtype, rank, K, flag combination, scale size or global scale.
 
-    Source: FlashInfer ``e2m1_and_ufp8sf_scale_to_float`` (whose global scale is the decode form).
+    Source: FlashInfer ``e2m1_and_ufp8sf_scale_to_float``. Its global scale is the decode scale, the reciprocal of what
+    this op takes unless ``is_global_scale_inversed`` is True, and its ``ufp8_type`` of 0 or 1 is ``sf_use_ue8m0`` True
+    or False here.
     """
     fmt = fp4_format(sf_vec_size, sf_use_ue8m0)
     assert fmt is not None

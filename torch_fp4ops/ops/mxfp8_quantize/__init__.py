@@ -71,7 +71,8 @@ def mxfp8_quantize(
     Raises:
         ValueError: a wrong dtype, rank, K, alignment or layout.
 
-    Source: FlashInfer ``mxfp8_quantize``, which drops NaN instead; OCP Microscaling Formats (MX) specification 1.0.
+    Source: FlashInfer ``mxfp8_quantize``, which drops NaN instead; what follows ``alignment`` there is keyword-only.
+    OCP Microscaling Formats (MX) specification 1.0.
     """
     layout = _scales.mxfp8_layout(is_sf_swizzled_layout, sf_swizzle_layout)
     k = input.shape[-1]

@@ -24,7 +24,7 @@ def _contract(call: Call) -> tuple[Out, Out]:
     return _scales.fp4_outputs(call, fmt, x.shape[:-1], x.shape[-1])
 
 
-_PREFERENCES = (Preference("triton", "cuda", "NVIDIA H200: 33.6 us for 8192 x 4096 to NVFP4, the unfused pair 67.1"),)
+_PREFERENCES = (Preference("triton", "cuda", "NVIDIA H200: 32.2 us for 8192 x 4096 to NVFP4, the unfused pair 67.1"),)
 
 
 @op(preferences=_PREFERENCES, contract=_contract, check_values=_scales.require_positive_global_scale)
@@ -75,9 +75,9 @@ def rms_norm_fp4_quantize(
         ValueError: a wrong dtype, rank, K, weight, eps, flag combination or global scale; on the CPU also a global
             scale that is not finite and above zero.
 
-    Source: FlashInfer ``rmsnorm`` (names, order and default of input, weight and eps) followed by ``fp4_quantize``.
-    FlashInfer's own fusion, ``rmsnorm_fp4quant``, rounds ``x * weight`` to 16 bits before the norm's factor and leaves
-    the padding of swizzled scales unwritten.
+    Source: FlashInfer ``rmsnorm`` (names and default of input, weight and eps) followed by ``fp4_quantize``;
+    ``eps`` is third there and comes after ``global_scale`` here. FlashInfer's own fusion, ``rmsnorm_fp4quant``, rounds
+    ``x * weight`` to 16 bits before the norm's factor and leaves the padding of swizzled scales unwritten.
     """
     flags = (sf_vec_size, sf_use_ue8m0, is_sf_swizzled_layout, is_sf_8x4_layout, is_global_scale_inversed)
     return fp4_quantize.__wrapped__(rms_norm(input, weight, eps), global_scale, *flags)
