@@ -202,8 +202,9 @@ def swiglu_kernel(
     own = (expert >= 0) & (expert < experts)
     if not own:  # a foreign expert's row, which nothing has written, becomes zero
         expert = expert * 0
-    up = tl.load(up_gate_ptr + row * 2 * inter + column, mask=there & own, other=0.0)
-    gate = tl.load(up_gate_ptr + (row * 2 + 1) * inter + column, mask=there & own, other=0.0)
+    written = column < tl.where(own, inter, 0)  # of a block & a scalar Triton 3.9's interpreter makes no mask
+    up = tl.load(up_gate_ptr + row * 2 * inter + column, mask=written, other=0.0)
+    gate = tl.load(up_gate_ptr + (row * 2 + 1) * inter + column, mask=written, other=0.0)
     if limit_ptr is not None:
         limit = tl.load(limit_ptr + expert)
     elif STEP:
@@ -287,7 +288,7 @@ def combine_kernel(
         row = token * TOP_K + k
         expert = tl.load(expert_ids_ptr + row).to(tl.int64) - first_expert
         own = (expert >= 0) & (expert < experts)
-        y = tl.load(rows_ptr + row * columns + column, mask=there & own, other=0.0)
+        y = tl.load(rows_ptr + row * columns + column, mask=column < tl.where(own, columns, 0), other=0.0)
         # Not a product with zero: the scale of a foreign expert may be infinite.
         total += tl.where(own, y * tl.load(final_scales_ptr + row), 0.0)
     tl.store(out_ptr + token * columns + column, p.round_to(total, out_ptr.dtype.element_ty), mask=there)
