@@ -10,6 +10,7 @@ import types
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from torch_fp4ops.contracts import Call, Out
 from torch_fp4ops.registry import OPS, op
@@ -228,6 +229,17 @@ class TestAutograd:
         assert out[0, 0] == 2004
         with pytest.raises(NotImplementedError, match="_test_scale has no backward"):
             out.sum().backward()
+
+    def test_forward_mode_raises_where_there_is_a_tangent(self):
+        tangent = torch.ones(3, 4)
+        for transform in (lambda f: torch.func.jvp(f, (x,), (tangent,)), lambda f: torch.func.jacfwd(f)(x)):
+            with pytest.raises(NotImplementedError, match="_test_scale has no forward-mode derivative.*detach"):
+                transform(lambda t: scale(t, backend="reference"))
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(x, tangent)
+            with pytest.raises(NotImplementedError, match="_test_scale has no forward-mode derivative"):
+                scale(dual, backend="reference")
+            assert torch.equal(scale(dual.detach(), backend="reference"), scale(x, backend="reference"))
 
     @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
     def test_no_grad_fn_where_nothing_requires_grad(self, mode):

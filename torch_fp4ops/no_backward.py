@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-__all__ = ["INFERENCE_ONLY", "NoBackward", "any_requires_grad"]
+__all__ = ["INFERENCE_ONLY", "NoBackward", "any_requires_grad", "refuse_tangents"]
 
 INFERENCE_ONLY = "These ops are for inference: use torch.no_grad() or torch.inference_mode(), or detach() the input."
 
@@ -23,6 +24,16 @@ def any_requires_grad(arguments: Iterable[Any]) -> bool:
         elif type(argument) is list and any_requires_grad(argument):
             return True
     return False
+
+
+def refuse_tangents(op_name: str, arguments: Iterable[Any]) -> None:
+    """Raise NotImplementedError if a tensor of the arguments is a dual one of forward-mode differentiation."""
+    for argument in arguments:
+        if isinstance(argument, Tensor) and forward_ad.unpack_dual(argument).tangent is not None:
+            raise NotImplementedError(
+                f"torch.ops.fp4.{op_name} has no forward-mode derivative. These ops are for inference: "
+                "detach() the input."
+            )
 
 
 class NoBackward(torch.autograd.Function):

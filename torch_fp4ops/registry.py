@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C import DispatchKey
+from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves
 
 from . import replay
@@ -20,7 +21,7 @@ from .backends import Backend, WithBackends
 from .capture import FirstUseInCapture, capturing, recorder
 from .codecs import as_bytes
 from .contracts import Call, Out
-from .no_backward import INFERENCE_ONLY, NoBackward, any_requires_grad
+from .no_backward import INFERENCE_ONLY, NoBackward, any_requires_grad, refuse_tangents
 from .replay import Plan, Trace, kind_of
 from .selection import Decision, Preference, choose, overridden, requested
 
@@ -241,6 +242,8 @@ class Op(WithBackends):
         return tuple(torch.empty(o.shape, dtype=o.dtype, device=call.device) for o in promised)
 
     def _run_with_autograd(self, keyset: Any, *args: Any, **kwargs: Any) -> Any:
+        if forward_ad._current_level >= 0:
+            refuse_tangents(self.name, tree_leaves((args, kwargs)))
         if torch.is_grad_enabled() and (any_requires_grad(args) or (kwargs and any_requires_grad(kwargs.values()))):
             self._require_a_floating_output(args, kwargs)
             needing = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.requires_grad]
