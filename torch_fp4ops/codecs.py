@@ -67,7 +67,7 @@ def decode_e2m1(codes: Tensor) -> Tensor:
     magnitude = (codes & 7).to(torch.int32)
     # Bits 2:1 are the exponent and bit 0 is the mantissa, but for the codes 0 and 1.
     normal = ((magnitude << 22) + (126 << 23)).view(torch.float32)
-    value = torch.where(magnitude < 2, 0.5 * magnitude, normal)
+    value = torch.where(magnitude < 2, 0.5 * magnitude.float(), normal)
     return torch.where(codes < 8, value, -value)
 
 

@@ -178,6 +178,18 @@ def test_loading_scales_keeps_the_tensors_and_converts():
     assert before.item() == pytest.approx(4 / 448, rel=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_scales_are_float32_whatever_the_default(dtype):
+    torch.set_default_dtype(dtype)
+    try:
+        method = NVFP4KVMethod(2)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    scales = [t for layer in range(2) for t in method.global_scales(layer)]
+    assert all(t.dtype == torch.float32 and t.tolist() == [1.0] for t in scales)
+    assert len({t.data_ptr() for t in scales}) == 4
+
+
 def test_a_method_of_ones_own(monkeypatch):
     monkeypatch.setattr(methods, "_METHODS", dict(methods._METHODS))
 

@@ -81,6 +81,30 @@ def test_autocast_changes_nothing(name, dtype):
             assert_same_bytes(given, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", OPS)
+def test_torch_defaults_change_nothing(name, dtype, default_dtype):
+    op = OPS[name]
+    for sample in cached_samples(name):
+        given, wanted = sample.clone(), sample.clone()
+        expected = op(*wanted.args, **wanted.kwargs)
+        default_dtype(dtype)
+        with torch.device("meta"):
+            out = op(*given.args, **given.kwargs)
+            again = samples(op)
+        default_dtype(torch.float32)
+        for got, right in zip(tensors((out, given.args)), tensors((expected, wanted.args)), strict=True):
+            assert_same_bytes(got, right)
+    for got, right in zip(tensors([s.args for s in again]), tensors([s.args for s in samples(op)]), strict=True):
+        assert_same_bytes(got, right)
+
+
+@pytest.fixture
+def default_dtype():
+    yield torch.set_default_dtype
+    torch.set_default_dtype(torch.float32)
+
+
 @pytest.mark.parametrize(("name", "i"), CASES)
 def test_every_backend_that_can_take_the_sample_is_right(name, i):
     _check_backends(OPS[name], cached_samples(name)[i])

@@ -169,7 +169,12 @@ VALID_ATTENTION = {"q": Q, **VALID}
         ({"q": Q[:, :3]}, r"q is of 3 heads; allowed: a multiple of the 2 heads of k_cache"),
         ({"q": Q[:1]}, r"block_tables is of shape \(2, 3\); allowed: shape \(1, 3\) \(a row for each sequence\)"),
         ({"window_left": -2}, r"window_left is -2; allowed: -1 for no window, or 0 and more"),
-        ({"logits_soft_cap": 0.0}, r"logits_soft_cap is 0.0; allowed: None, or above zero"),
+        *(
+            ({"logits_soft_cap": cap}, rf"logits_soft_cap is {cap}; allowed: None, or finite and above zero")
+            for cap in (0.0, float("inf"), float("nan"))
+        ),
+        ({"sm_scale": float("inf")}, r"sm_scale is inf; allowed: None, or finite"),
+        ({"sm_scale": float("nan")}, r"sm_scale is nan; allowed: None, or finite"),
     ],
 )
 def test_attention_rejects(change, message):

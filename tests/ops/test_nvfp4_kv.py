@@ -116,6 +116,8 @@ def test_store_rejects(change, message):
         ({"slot_mapping": torch.tensor([0, 12])}, r"slot_mapping is up to 12; allowed: slots below 12, or negative"),
         ({"k_scale": torch.zeros(1)}, r"k_scale is \[0.0\]; allowed: finite values above zero"),
         ({"v_scale": -torch.ones(1)}, r"v_scale is \[-1.0\]; allowed: finite values above zero"),
+        ({"k_cache": CACHE, "v_cache": CACHE}, r"v_cache is k_cache itself; allowed: a tensor of its own"),
+        ({"k_cache_sf": SF, "v_cache_sf": SF}, r"v_cache_sf is k_cache_sf itself; allowed: a tensor of its own"),
     ],
 )
 def test_store_rejects_bad_values_and_leaves_the_cache_alone(change, message):
@@ -123,6 +125,13 @@ def test_store_rejects_bad_values_and_leaves_the_cache_alone(change, message):
     with pytest.raises(ValueError, match=message):
         nvfp4_kv_quantize_store(**arguments)
     assert not any(arguments[n].any() for n in ("k_cache", "v_cache", "k_cache_sf", "v_cache_sf"))
+
+
+def test_a_cache_of_no_pages_takes_no_token():
+    empty = {name: kv_arguments()[name][:0] for name in ("k_cache", "v_cache", "k_cache_sf", "v_cache_sf")}
+    nvfp4_kv_quantize_store(**kv_arguments(**empty, slot_mapping=torch.tensor([-1, -1])))
+    with pytest.raises(ValueError, match="slot_mapping is up to 0; allowed: slots below 0, or negative"):
+        nvfp4_kv_quantize_store(**kv_arguments(**empty, slot_mapping=torch.tensor([0])))
 
 
 VALID = {"input": values(0, 4, 64), "global_scale": SCALE}

@@ -118,7 +118,8 @@ class NVFP4KVMethod(PagedKVMethod):
         require_convention(self.name, scale_convention)
         self._scale_convention = scale_convention
         # Tensors of their own: a layer's scale is an argument of an op, never a view that a graph has to make.
-        self._scales = [(torch.ones(1, device=device), torch.ones(1, device=device)) for _ in range(num_layers)]
+        ones = torch.ones(num_layers, 2, 1, dtype=torch.float32, device=device)
+        self._scales = [(k.clone(), v.clone()) for k, v in ones]
 
     @property
     def scale_convention(self) -> str:

@@ -38,9 +38,17 @@ class Sample:
 
 
 def samples(op: Op, device: str | torch.device = "cpu") -> list[Sample]:
-    """The samples in the op's folder (``ops/<op>/samples.py``), the same data on every device."""
+    """The samples in the op's folder (``ops/<op>/samples.py``), the same data on every device, whatever torch's
+    default dtype and device are: probes come where the user's first call does."""
     module = _samples_module(op)
-    return [Sample(*entry).map_tensors(lambda t: _clone_strided(t, device)) for entry in module.samples()]
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"):
+            entries = list(module.samples())
+    finally:
+        torch.set_default_dtype(before)
+    return [Sample(*entry).map_tensors(lambda t: _clone_strided(t, device)) for entry in entries]
 
 
 def assert_right(op: Op, sample: Sample, backend: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -33,8 +35,11 @@ def _contract(call: Call) -> Out:
     _kv.require_sequences(call, batch)
     _kv.require_cache_scales(call, fmt)
     call.require(call.window_left >= -1, "window_left", call.window_left, "-1 for no window, or 0 and more")
-    cap = call.logits_soft_cap
-    call.require(cap is None or cap > 0, "logits_soft_cap", cap, "None, or above zero")
+    cap, sm_scale = call.logits_soft_cap, call.sm_scale
+    if cap is not None:
+        for right in (cap > 0, cap < math.inf):
+            call.require(right, "logits_soft_cap", cap, "None, or finite and above zero")
+    call.require(sm_scale is None or abs(sm_scale) < math.inf, "sm_scale", sm_scale, "None, or finite")
     return Out(q.shape, q.dtype)
 
 
@@ -96,9 +101,9 @@ def fp4_kv_attention_decode(
         seq_lens: int32 or int64 ``[batch]``, tokens of each sequence, the query's own included.
         k_scale, v_scale: float32, one element, the *decode* global scales; None for formats without one.
         kv_layout: ``"NHD"`` or ``"HND"``.
-        sm_scale: factor of the logits; ``1 / sqrt(D)`` if None.
+        sm_scale: factor of the logits, finite; ``1 / sqrt(D)`` if None.
         window_left: how many tokens before the query's own are seen; -1 for all.
-        logits_soft_cap: see above; None for none.
+        logits_soft_cap: see above, finite and above zero; None for none.
         sf_vec_size, sf_use_ue8m0: the format: 16 and False NVFP4, 32 and True MXFP4, 16 and True BlockFP4.
         backend: ``"auto"`` or a backend's name.
 

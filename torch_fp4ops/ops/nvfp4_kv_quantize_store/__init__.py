@@ -26,6 +26,10 @@ def _contract(call: Call) -> None:
     call.require_rank("slot_mapping", 1)
     call.require(slots.shape[0] <= key.shape[0], "slot_mapping", slots.shape, f"at most {key.shape[0]} slots")
     _kv.require_caches(call, key.shape[1], key.shape[2], fmt)
+    for k, v in (("k_cache", "v_cache"), ("k_cache_sf", "v_cache_sf")):
+        call.require(
+            getattr(call, k) is not getattr(call, v), v, f"{k} itself", "a tensor of its own: both are written"
+        )
     _kv.require_cache_scales(call, fmt)
 
 
@@ -118,6 +122,8 @@ def write_rows(cache: Tensor, slots: Tensor, rows: Tensor) -> None:
 
     A row to be skipped repeats the first one that isn't; if all are, the cache's own content is written back.
     """
+    if not cache.numel():
+        return
     page_size = cache.shape[1]
     slots = slots.long()
     valid = (slots >= 0) & (slots < cache.shape[0] * page_size)
