@@ -20,6 +20,7 @@ pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 LOAD_AND_RUN = """
 import sys, torch, torch_fp4ops
+import torch._inductor.codecache  # which torch 2.10 forgets
 model = torch._inductor.aoti_load_package(sys.argv[1])
 inputs = torch.load(sys.argv[2])
 torch.save([model(x) for x in inputs], sys.argv[3])

@@ -35,6 +35,8 @@ def pretend_gpu(monkeypatch):
 
     def as_capability(capability: tuple[int, int]) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        # Of CUDA builds, torch 2.10 would make a real tensor before the first fake one.
+        monkeypatch.setattr("torch._subclasses.fake_tensor.init_gpu_context", lambda device: None)
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
         monkeypatch.setattr(probe, "_verdicts", {})

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch import nn
@@ -88,6 +91,17 @@ def test_16_bit_activations(block, layout, dtype):
     assert out.shape == (M, N) and out.dtype == dtype
     torch.testing.assert_close(out, wanted, rtol=0.01, atol=1e-4)  # sums of padded matrices differ in order
     assert weight.mm(x, None, alpha, torch.float32).dtype == torch.float32
+
+
+@pytest.mark.parametrize("layout", ["plain", "trtllm", "hopper"])
+@pytest.mark.parametrize("fmt", ["nvfp4", "mxfp8"])
+def test_pickled_and_copied_weights_are_the_same(fmt, layout):
+    codes, scales = mxfp8_quantize(values(1, N, K)) if fmt == "mxfp8" else quantized(N, K, 16)
+    weight = prepare_fp4_weight(codes, scales, layout, scale_layout="128x4")
+    for again in (pickle.loads(pickle.dumps(weight)), copy.deepcopy(weight)):
+        assert (again.layout, again.n, again.k, again.block_size) == (layout, N, K, weight.block_size)
+        assert_same_bytes(again.weight, weight.weight)
+        assert_same_bytes(again.scale, weight.scale)
 
 
 def test_activations_that_do_not_fit_the_weight():

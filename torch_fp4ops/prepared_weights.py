@@ -7,7 +7,7 @@ result carries its layout, and the op refuses a backend that can't read it.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -126,6 +126,14 @@ class PreparedWeight:
     def to(self, device: torch.device | str) -> PreparedWeight:
         """The same weight on another device."""
         return replace(self, weight=self.weight.to(device), scale=self.scale.to(device))
+
+    # As bytes: torch's float8 tensors can't be read back by pickle alone.
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "weight": as_bytes(self.weight), "dtype": self.weight.dtype}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        dtype = state.pop("dtype")
+        self.__dict__.update(state, weight=state["weight"].view(dtype))
 
 
 def prepare_fp4_weight(
