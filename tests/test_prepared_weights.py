@@ -208,7 +208,15 @@ GOOD = dict(zip(("weight", "scale"), quantized(N, K, 16, swizzled=False), strict
         ({"weight": GOOD["weight"].int()}, "weight is torch.int32; allowed: uint8"),
         ({"weight": GOOD["weight"][0]}, r"weight is \(80,\); allowed: two dimensions"),
         ({"weight": GOOD["weight"][:, :3]}, "weight is 'of K = 6'; allowed: K a multiple of 16"),
-        ({"scale": GOOD["scale"].float()}, "scale is torch.float32; allowed: a 1-byte dtype"),
+        ({"scale": GOOD["scale"].float()}, "scale is torch.float32; allowed: torch.uint8 or torch.float8_e4m3fn"),
+        (
+            {"scale": GOOD["scale"].view(torch.float8_e8m0fnu)},
+            "scale is torch.float8_e8m0fnu; allowed: torch.uint8 or torch.float8_e4m3fn for blocks of 16",
+        ),
+        (
+            {"scale": GOOD["scale"].view(torch.float8_e4m3fn), "block_size": 32},
+            "scale is torch.float8_e4m3fn; allowed: torch.uint8 or torch.float8_e8m0fnu for blocks of 32",
+        ),
         ({"scale": GOOD["scale"].to("meta")}, "scale is device.*meta.*; allowed: cpu, where weight is"),
         ({"block_size": 64}, r"block_size is 64; allowed: 16 \(NVFP4\) or 32"),
     ],

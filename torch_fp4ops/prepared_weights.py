@@ -156,8 +156,8 @@ def prepare_fp4_weight(
     Args:
         weight: ``[N, K/2]`` packed FP4 (uint8 or float4_e2m1fn_x2), or float8_e4m3fn ``[N, K]`` (MXFP8); any
             device, the CPU included.
-        scale: its block scales, 1-byte, on the same device: ``[N, K / block_size]``, or 128x4 swizzled (padded, 2-D
-            or flat).
+        scale: its block scales, uint8, float8_e4m3fn (NVFP4) or float8_e8m0fnu (MXFP4, MXFP8), on the same device:
+            ``[N, K / block_size]``, or 128x4 swizzled (padded, 2-D or flat).
         layout: ``"trtllm"``, ``"hopper"`` or ``"plain"``.
         nibble_order: ``"low_first"`` if even k is in the low nibble, as everywhere here, or ``"high_first"``, as some
             diffusion checkpoints have it; their nibbles are swapped.
@@ -187,7 +187,10 @@ def prepare_fp4_weight(
     _require(block == 32 or (block == 16 and not mxfp8), "block_size", block_size, "16 (NVFP4) or 32 (MXFP4, MXFP8)")
     n, k = weight.shape[0], weight.shape[1] * (1 if mxfp8 else 2)
     _require(k % block == 0, "weight", f"of K = {k}", f"K a multiple of {block}")
-    _require(scale.element_size() == 1, "scale", scale.dtype, "a 1-byte dtype")
+    native = torch.float8_e4m3fn if block == 16 else torch.float8_e8m0fnu
+    _require(
+        scale.dtype in (torch.uint8, native), "scale", scale.dtype, f"torch.uint8 or {native} for blocks of {block}"
+    )
     _require(scale.device == weight.device, "scale", scale.device, f"{weight.device}, where weight is")
     blocks = k // block
     shape = scale_layouts.scale_shape(n, blocks, scale_layout)

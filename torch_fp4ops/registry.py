@@ -78,6 +78,7 @@ class Op(WithBackends):
         )
         # All but the first, whose device is the call's.
         self._tensor_names = tuple(a.name for a in arguments[1:] if "Tensor" in str(a.type))
+        self._may_be_none = frozenset(a.name for a in arguments if "Optional" in str(a.type))
         _LIBRARY.impl(self.name, self._run, "CompositeExplicitAutograd")
         _LIBRARY.impl(self.name, self._run_with_autograd, "Autograd", with_keyset=True)
         torch.library.register_fake(f"fp4::{self.name}", self._fake, lib=_LIBRARY)
@@ -106,7 +107,13 @@ class Op(WithBackends):
         for _, name, default in self._for_none:
             if arguments[name] is None:
                 arguments[name] = default
-        return Call(self.name, args[0] if args else kwargs[self._names[0]], arguments)
+        first = arguments[self._names[0]]
+        if first is None:
+            raise self._none_given(self._names[0])
+        return Call(self.name, first, arguments)
+
+    def _none_given(self, name: str) -> ValueError:
+        return ValueError(f"torch.ops.fp4.{self.name}: {name} is None; allowed: a tensor")
 
     def _validate(self, call: Call) -> Any:
         arguments = call.__dict__
@@ -114,6 +121,8 @@ class Op(WithBackends):
         for name in self._tensor_names:
             given = arguments[name]
             if given is None:
+                if name not in self._may_be_none:
+                    raise self._none_given(name)
                 continue
             for t in given if type(given) is list else (given,):
                 if t.device != device:
@@ -134,7 +143,10 @@ class Op(WithBackends):
         return call
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
-        device = (args[0] if args else kwargs[self._names[0]]).get_device()
+        first = args[0] if args else kwargs[self._names[0]]
+        if first is None:
+            raise self._none_given(self._names[0])
+        device = first.get_device()
         kind_of_device = "cpu" if device < 0 else "cuda"
         if torch.is_autocast_enabled(kind_of_device):  # else it would change what a backend asks torch to multiply
             with torch.autocast(kind_of_device, enabled=False):

@@ -141,6 +141,21 @@ def test_unknown_backend_is_refused(name):
 
 
 @pytest.mark.parametrize("name", OPS)
+def test_none_for_a_tensor_is_refused(name):
+    op, sample = OPS[name], cached_samples(name)[-1]
+    required = [i for i, a in enumerate(op.default._schema.arguments) if str(a.type) == "Tensor"]
+    assert required
+    for i in required:
+        args = (*sample.args[:i], None, *sample.args[i + 1 :])
+        message = rf"fp4.{name}: {op.default._schema.arguments[i].name} is None; allowed: a tensor"
+        with pytest.raises(ValueError, match=message):
+            op.default(*args, **sample.kwargs)
+        with FakeTensorMode() as mode, pytest.raises(ValueError, match=message):
+            fake_args, fake_kwargs = tree_map_only(Tensor, mode.from_tensor, (args, sample.kwargs))
+            op.default(*fake_args, **fake_kwargs)
+
+
+@pytest.mark.parametrize("name", OPS)
 def test_mixed_devices_are_refused(name):
     sample = cached_samples(name)[-1]
     op = OPS[name]
