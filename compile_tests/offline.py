@@ -37,9 +37,10 @@ FLUSHES = re.compile(r"(?<!div\.approx)(?<!ex2\.approx)\.ftz\b")
 WAIT = "griddepcontrol.wait"
 TOUCHES_MEMORY = re.compile(r"(?:ld|st|atom|red)\.\S*global|cp\.async|prefetch(?!\.global\.L2)")
 
-# Bytes that Triton 3.9 spills at most where 3.6, with which these kernels were measured, spills none; by case and target.
-SPILLED_BY_3_9 = {
-    ("hopper-nvfp4-bf16-bf16-256x128-stream-4x1-1", "sm_90"): 180,
+# Bytes that Triton 3.7 to 3.9 spill at most where 3.6, with which these kernels were measured, spills none; by case and
+# target.
+SPILLED_LATER = {
+    ("hopper-nvfp4-bf16-bf16-256x128-stream-4x1-1", "sm_90"): 208,
     ("hopper-nvfp4-bf16-bf16-64x128-stream-4x2-2", "sm_90"): 56,
     ("hopper-mxfp8-bf16-bf16-64x128-once-3x2-2-rows32", "sm_90"): 8,
     ("moe-mxfp8-mxfp4-128x4-sm90-16x64x64", "sm_90"): 8,
@@ -53,7 +54,7 @@ SPILLED_BY_3_9 = {
     ("kv_combine-D256-64", "gfx950"): 260,
 }
 if triton.__version__.startswith("3.6."):
-    SPILLED_BY_3_9.clear()
+    SPILLED_LATER.clear()
 
 
 class Wanted(NamedTuple):
@@ -110,7 +111,7 @@ def faults(wanted: Wanted, target: str, got: Compiled) -> str:
     if got.error:
         return got.error
     found = []
-    if got.spilled_bytes > SPILLED_BY_3_9.get((wanted.case.name, target), 0):
+    if got.spilled_bytes > SPILLED_LATER.get((wanted.case.name, target), 0):
         found.append(f"{got.spilled_bytes} bytes spilled")
     if not 0 < got.registers <= 255:
         found.append(f"{got.registers} registers")

@@ -192,11 +192,11 @@ class Shared:
         self.data.copy_(value.data)
 
     def reinterpret(self, kind: Any, shape: list[int], layout: Any = None) -> Shared:
-        """The same bytes from their beginning, as other elements."""
+        """The same bytes as other elements; Triton 3.8 takes no part of them."""
         flat = self.data.view(-1).view(torch.uint8)
         size = torch.Size(shape).numel() * TORCH_TYPES[kind].itemsize
-        assert size <= flat.numel(), f"{size} bytes of {flat.numel()}"
-        return Shared(flat[:size].view(TORCH_TYPES[kind]).view(shape))
+        assert size == flat.numel(), f"{size} bytes of {flat.numel()}"
+        return Shared(flat.view(TORCH_TYPES[kind]).view(shape))
 
 
 class Descriptor:

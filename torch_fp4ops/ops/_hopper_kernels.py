@@ -118,7 +118,7 @@ def strip_plan(way: Strips, fmt: str, dtype: torch.dtype, x_layout: int, alpha_f
         FACTOR=FACTORS[fmt] ** (2 if x_layout else 1),
     )
     assert plan.STAGES >= plan.LEAST_STAGES and plan.STAGES % plan.TURNS == 0, plan
-    assert plan.STAGES * plan.STAGE_BYTES + BARRIER_BYTES <= SHARED_BYTES, plan
+    assert plan.SHARED_BYTES + BARRIER_BYTES <= SHARED_BYTES, plan
     return plan
 
 

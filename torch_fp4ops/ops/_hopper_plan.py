@@ -252,7 +252,21 @@ class StripPlan(NamedTuple):
     @property
     def LEAST_STAGES(self) -> int:
         """With fewer, sums have no room where codes were."""
-        return -(-self.SUMS * 16 * self.BM * 4 // (self.KS * self.PLANES * 512))
+        return -(-self.SUM_BYTES // (self.KS * self.PLANES * 512))
+
+    @property
+    def SUM_BYTES(self) -> int:
+        """Of a strip's sums."""
+        return self.SUMS * 16 * self.BM * 4
+
+    @property
+    def PLACES(self) -> int:
+        """Strips whose sums are as large as the ring's codes, in whose place they then are; 0 if none are.
+
+        Triton 3.8 takes shared memory for something else only as a whole.
+        """
+        places, rest = divmod(self.STAGES * self.KS * self.S * self.PLANES * 512, self.SUM_BYTES)
+        return 0 if rest else places
 
     @property
     def BOX(self) -> int:
@@ -307,6 +321,11 @@ class StripPlan(NamedTuple):
     @property
     def STAGE_BYTES(self) -> int:
         return self.ROWS_BYTES + self.WEIGHT_BYTES
+
+    @property
+    def SHARED_BYTES(self) -> int:
+        """But for barriers."""
+        return self.STAGES * self.STAGE_BYTES + (0 if self.PLACES else self.S * self.SUM_BYTES)
 
 
 class AtOncePlan(NamedTuple):

@@ -43,7 +43,9 @@ def store(
     if C.TMA_STORE:
         EACH: gl.constexpr = C.OUT_ROWS
         if C.ONCE:
-            buffer = reinterpret(s[RING].index(place), d[3].dtype, [ROWS, 64], d[3].layout)
+            # As a whole, and then a part of it: Triton 3.8 takes nothing else.
+            buffer = reinterpret(s[RING].index(place), d[3].dtype, [s[RING].shape[1], 64], d[3].layout)
+            buffer = buffer.slice(0, ROWS, dim=0)
         else:
             buffer = s[IN].index(place)
         buffer.permute((1, 0)).store(value)

@@ -126,8 +126,11 @@ def _store_sums(accs, s, out, m, factor, M, N, SUM: gl.constexpr, C: gl.constexp
     END: gl.constexpr = _end(C, GROUP)
     TURN: gl.constexpr = GROUP % TURNS
     ROWS: gl.constexpr = gl.SliceLayout(0, SUM)
-    # Where codes were: nothing is loaded any more, and all groups are through with what was.
-    parts = reinterpret(s[1], gl.float32, [C.S, C.SUMS, 16, C.BM], gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0]))
+    if C.PLACES > 0:
+        # Where codes were: nothing is loaded any more, and all groups are through with what was.
+        parts = reinterpret(s[1], gl.float32, [C.PLACES, C.SUMS, 16, C.BM], gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0]))
+    else:
+        parts = s[7]
     mbarrier.arrive(s[5])
     mbarrier.wait(s[5], 0)
     for i in gl.static_range(BEGIN, END):
@@ -191,6 +194,9 @@ def strips_kernel(
     fence_async_shared()
     d = (x_desc, codes_desc, scales_desc)
     s = (xs, codes, scales, full, empty, done, given)
+    if C.PLACES == 0:
+        parts = gl.allocate_shared_memory(gl.float32, [S, C.SUMS, 16, BM], gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0]))
+        s = s + (parts,)  # type: ignore[assignment]  # noqa: RUF005
     # The first stage is asked for before warps have their roles, which takes 0.45 us.
     wait_for_previous()
     _load_stage(d, s, 0, 0, N, STEPS, C)
