@@ -10,6 +10,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._pytree import tree_leaves
 
+import torch_fp4ops
 from torch_fp4ops import OPS
 from torch_fp4ops.testing import assert_same_bytes, samples
 from torch_fp4ops.testing.samples import values
@@ -51,6 +52,19 @@ def test_python_functions_compile_too(name):
     wanted = OPS[name](*copies[0].args, **copies[0].kwargs)
     call = torch.compile(lambda a, k: OPS[name](*a, **k), fullgraph=True, backend="aot_eager")
     assert_equal_trees(call(copies[1].args, copies[1].kwargs), wanted)
+
+
+def test_python_functions_compile_with_native_dtypes():
+    data, scale = torch_fp4ops.mxfp8_quantize(values(0, 4, 64), True)
+    other = torch_fp4ops.mxfp8_quantize(values(1, 8, 64), True)
+    native = torch.float8_e8m0fnu
+    call = torch.compile(torch_fp4ops.mm_mxfp8, fullgraph=True, backend="aot_eager")
+    out = call(data, other[0].T, scale.view(native), other[1].view(native))
+    assert_same_bytes(out, torch_fp4ops.mm_mxfp8(data, other[0].T, scale, other[1]))
+    with pytest.raises(
+        Exception, match="b_descale is torch.float8_e4m3fn; allowed: torch.uint8 or torch.float8_e8m0fnu"
+    ):
+        call(data, other[0].T, scale, other[1].view(torch.float8_e4m3fn))
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])

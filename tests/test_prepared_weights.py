@@ -20,7 +20,8 @@ from torch_fp4ops import (
     scale_layouts,
 )
 from torch_fp4ops.block_quantization import quantize_mx
-from torch_fp4ops.formats import MXFP4, NVFP4
+from torch_fp4ops.codecs import as_bytes
+from torch_fp4ops.formats import MXFP4, MXFP8, NVFP4
 from torch_fp4ops.ops.fp4_quantize import fp4_quantize
 from torch_fp4ops.ops.mxfp8_quantize import mxfp8_quantize
 from torch_fp4ops.testing import assert_same_bytes
@@ -114,6 +115,29 @@ def test_activations_that_do_not_fit_the_weight():
     mxfp8 = prepare_fp4_weight(*mxfp8_quantize(values(0, N, K)), "hopper", scale_layout="128x4")
     with pytest.raises(ValueError, match="a is torch.bfloat16 with MXFP8 weights; allowed: 16 bits for FP4"):
         mxfp8.mm(values(0, M, K))
+
+
+@pytest.mark.parametrize("fmt", [NVFP4, MXFP4, MXFP8], ids=lambda fmt: fmt.name)
+@pytest.mark.parametrize("layout", ["plain", "trtllm", "hopper"])
+def test_native_dtypes_of_activations(layout, fmt):
+    """Of the weight's format; those of another one would be read as if they were."""
+    (a, a_sf), b = (
+        mxfp8_quantize(values(n, n, K)) if fmt is MXFP8 else quantized(n, K, fmt.block_size) for n in (M, N)
+    )
+    weight = prepare_fp4_weight(*b, layout, scale_layout="128x4", block_size=fmt.block_size)
+    element = torch.float8_e4m3fn if fmt is MXFP8 else torch.float4_e2m1fn_x2
+    scale = torch.float8_e4m3fn if fmt is NVFP4 else torch.float8_e8m0fnu
+    wanted = weight.mm(a, a_sf)
+    a, a_sf = as_bytes(a), as_bytes(a_sf)
+    for first, second in ((a, a_sf), (a.view(element), a_sf.view(scale))):
+        assert_same_bytes(weight.mm(first, second), wanted)
+    for dtype in (torch.float4_e2m1fn_x2, torch.float8_e4m3fn, torch.float8_e8m0fnu, torch.int8):
+        if dtype != element:
+            with pytest.raises(ValueError, match=rf"a is {dtype}; allowed: torch.uint8 or {element}"):
+                weight.mm(a.view(dtype), a_sf)
+        if dtype != scale:
+            with pytest.raises(ValueError, match=rf"a_descale is {dtype}; allowed: torch.uint8 or {scale}"):
+                weight.mm(a, a_sf.view(dtype))
 
 
 @pytest.mark.parametrize("layout", ["plain", "trtllm", "hopper"])

@@ -36,7 +36,7 @@ def _check_values(call: Call) -> None:
 @op(
     contract=_contract,
     check_values=_check_values,
-    byte_arguments=("x",),
+    byte_arguments={"x": lambda given: (torch.float8_e8m0fnu if given["times"] == 3 else torch.float8_e4m3fn,)},
     preferences=[Preference("late", "cpu", "a row for the test")],
 )
 def _test_scale(
@@ -133,6 +133,20 @@ def test_python_call_views_native_bytes():
     assert torch.equal(viewed, scale(data, backend="reference"))
     with pytest.raises(ValueError, match="float8_e4m3fn"):
         torch.ops.fp4._test_scale(data.view(torch.float8_e4m3fn))
+
+
+def test_python_call_refuses_native_dtypes_of_other_formats():
+    """Which one is right follows from the other arguments, defaults and those given by position among them."""
+    e4m3, e8m0 = (torch.ones(2, 4, dtype=torch.uint8).view(t) for t in (torch.float8_e4m3fn, torch.float8_e8m0fnu))
+    for args, kwargs in (((e8m0,), {}), ((), {"x": e8m0}), ((e8m0,), {"times": 2}), ((e4m3, None, 3), {})):
+        given = (args[0] if args else kwargs["x"]).dtype
+        allowed = torch.float8_e4m3fn if given == e8m0.dtype else torch.float8_e8m0fnu
+        with pytest.raises(ValueError, match=rf"fp4._test_scale: x is {given}; allowed: torch.uint8 or {allowed}$"):
+            scale(*args, **kwargs)
+    for out in (scale(e8m0, None, 3, backend="reference"), scale(x=e8m0, times=3, backend="reference")):
+        assert torch.equal(out, torch.full((2, 4), 3.0))
+    with pytest.raises(RuntimeError, match="at most 5 argument"):
+        scale(e4m3, None, 2, False, "auto", "one too many")
 
 
 def test_defaults_that_aot_inductor_loses_are_none_in_the_schema():

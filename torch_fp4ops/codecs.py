@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "NATIVE_DTYPES",
     "as_bytes",
     "decode_e2m1",
     "decode_e4m3",
@@ -22,20 +23,26 @@ __all__ = [
     "encode_e2m1",
     "encode_e4m3",
     "encode_ue8m0",
+    "is_native",
     "pack_e2m1",
     "unpack_e2m1",
 ]
 
 E4M3_MAX = 448.0
 
-_NATIVE_BYTE_DTYPES = tuple(
-    getattr(torch, name) for name in ("float4_e2m1fn_x2", "float8_e4m3fn", "float8_e8m0fnu") if hasattr(torch, name)
-)
+NATIVE_DTYPES = {"e2m1": torch.float4_e2m1fn_x2, "e4m3": torch.float8_e4m3fn, "ue8m0": torch.float8_e8m0fnu}
+"""torch's own dtype of an element's or a scale's code."""
+_NATIVE_BYTE_DTYPES = tuple(NATIVE_DTYPES.values())
+
+
+def is_native(x: object) -> bool:
+    """Whether something is a tensor of torch's float4_e2m1fn_x2, float8_e4m3fn or float8_e8m0fnu."""
+    return isinstance(x, Tensor) and x.dtype in _NATIVE_BYTE_DTYPES
 
 
 def as_bytes(x: Tensor) -> Tensor:
-    """View a tensor of torch's float4_e2m1fn_x2, float8_e4m3fn or float8_e8m0fnu as uint8; others as they are."""
-    return x.view(torch.uint8) if x.dtype in _NATIVE_BYTE_DTYPES else x
+    """View a tensor of those dtypes as uint8; others as they are."""
+    return x.view(torch.uint8) if is_native(x) else x
 
 
 def encode_e2m1(x: Tensor, sign_of: Tensor | None = None) -> Tensor:

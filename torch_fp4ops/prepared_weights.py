@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import scale_layouts
-from .codecs import as_bytes
+from .codecs import NATIVE_DTYPES, as_bytes
 from .formats import MXFP4, MXFP8, NVFP4
 from .weight_layouts import (
     GEMM_LAYOUTS,
@@ -69,7 +69,8 @@ class PreparedWeight:
 
         16-bit activations, without ``a_descale``, are multiplied by :func:`mm_bf16_fp4`.
 
-        Args and errors as there; ``a`` is ``(m, k)`` without padding, its scales swizzled and so padded already.
+        Args and errors as there; ``a`` is ``(m, k)`` without padding, its scales swizzled and so padded already; both
+        may have the format's native dtype, and MXFP8's ``a`` may be uint8.
         ``out_dtype`` None is that of 16-bit activations, and otherwise bfloat16. Works under
         ``torch.compile(fullgraph=True)``.
 
@@ -83,8 +84,15 @@ class PreparedWeight:
         if sixteen_bits and (mxfp8 or a_descale is not None or use_8x4_sf_layout):
             given = f"{a.dtype} with " + ("MXFP8 weights" if mxfp8 else "scales of a")
             raise ValueError(f"PreparedWeight.mm: a is {given}; allowed: 16 bits for FP4 weights, without scales")
-        if not sixteen_bits and a_descale is None:
-            raise ValueError(f"PreparedWeight.mm: a_descale is None with a of {a.dtype}; allowed: the scales of a")
+        if not sixteen_bits:
+            if a_descale is None:
+                raise ValueError(f"PreparedWeight.mm: a_descale is None with a of {a.dtype}; allowed: the scales of a")
+            fmt = MXFP8 if mxfp8 else NVFP4 if self.block_size == 16 else MXFP4
+            for name, t, code in (("a", a, fmt.element), ("a_descale", a_descale, fmt.scale)):
+                if t.dtype not in (torch.uint8, NATIVE_DTYPES[code]):
+                    allowed = f"torch.uint8 or {NATIVE_DTYPES[code]} for {fmt.name}"
+                    raise ValueError(f"PreparedWeight.mm: {name} is {t.dtype}; allowed: {allowed}")
+            a_descale = as_bytes(a_descale)
         data = as_bytes(a)
         wanted = self.k if sixteen_bits or mxfp8 else self.k // 2
         if data.dim() != 2 or data.shape[1] != wanted:
@@ -187,7 +195,7 @@ def prepare_fp4_weight(
     _require(block == 32 or (block == 16 and not mxfp8), "block_size", block_size, "16 (NVFP4) or 32 (MXFP4, MXFP8)")
     n, k = weight.shape[0], weight.shape[1] * (1 if mxfp8 else 2)
     _require(k % block == 0, "weight", f"of K = {k}", f"K a multiple of {block}")
-    native = torch.float8_e4m3fn if block == 16 else torch.float8_e8m0fnu
+    native = NATIVE_DTYPES["e4m3" if block == 16 else "ue8m0"]
     _require(
         scale.dtype in (torch.uint8, native), "scale", scale.dtype, f"torch.uint8 or {native} for blocks of {block}"
     )

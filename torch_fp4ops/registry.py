@@ -7,7 +7,7 @@ import functools
 import inspect
 import re
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from . import replay
 from .backends import Backend, WithBackends
 from .capture import FirstUseInCapture, capturing, recorder
-from .codecs import as_bytes
+from .codecs import as_bytes, is_native
 from .contracts import Call, Out
 from .no_backward import INFERENCE_ONLY, NoBackward, any_requires_grad, refuse_tangents
 from .replay import Plan, Trace, kind_of
@@ -34,6 +34,8 @@ _LIBRARY = torch.library.Library("fp4", "FRAGMENT")
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 
 Contract = Callable[[Call], "Out | tuple[Out, ...] | None"]
+NativeDtypes = Callable[[Mapping[str, Any]], Sequence[torch.dtype]]
+"""By a call's arguments, which of torch's native FP4/FP8 dtypes an argument of bytes may have instead of uint8."""
 
 
 class Op(WithBackends):
@@ -44,7 +46,7 @@ class Op(WithBackends):
         function: Callable[..., Any],
         contract: Contract,
         check_values: Callable[[Call], None] | None,
-        byte_arguments: Sequence[str],
+        byte_arguments: Mapping[str, NativeDtypes],
         mutates: Sequence[str],
         preferences: Sequence[Preference],
     ):
@@ -60,7 +62,7 @@ class Op(WithBackends):
         self.preferences = tuple(preferences)
         self._preferences_on: dict[torch.device, tuple[Preference, ...]] = {}
         self._check_values = check_values
-        self._byte_arguments = frozenset(byte_arguments)
+        self._byte_arguments = dict(byte_arguments)
         super().__init__(function)
         self._seen: set[tuple[Any, ...]] = set()
         self._known: dict[tuple[Any, ...], tuple[Plan | Callable[..., Any], list[int]]] = {}
@@ -84,19 +86,34 @@ class Op(WithBackends):
         torch.library.register_fake(f"fp4::{self.name}", self._fake, lib=_LIBRARY)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        args = tuple(self._to_bytes(name, a) for name, a in zip(self._names, args, strict=False))
-        kwargs = {name: self._to_bytes(name, a) for name, a in kwargs.items()}
+        given = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        for name in self._byte_arguments:
+            argument = given.get(name)
+            if is_native(argument) or isinstance(argument, (list, tuple)):
+                as_given = self._to_bytes(name, argument, given)
+                if name in kwargs:
+                    kwargs[name] = as_given
+                else:
+                    i = self._names.index(name)
+                    args = (*args[:i], as_given, *args[i + 1 :])
         return self.default(*args, **kwargs)
 
     def __repr__(self) -> str:
         return f"torch.ops.fp4.{self.name}{self.schema}"
 
-    def _to_bytes(self, name: str, argument: Any) -> Any:
-        if name not in self._byte_arguments:
-            return argument
-        if isinstance(argument, (list, tuple)):
-            return [as_bytes(a) for a in argument]
-        return as_bytes(argument) if isinstance(argument, Tensor) else argument
+    def _to_bytes(self, name: str, argument: Any, given: dict[str, Any]) -> Any:
+        """Bytes of an argument, or of each of a list, refused if their dtype is that of another format."""
+        some = argument if isinstance(argument, (list, tuple)) else [argument]
+        natives = [(i, a.dtype) for i, a in enumerate(some) if is_native(a)]
+        if natives:
+            said = {n: a for n, a in given.items() if a is not None}
+            allowed = self._byte_arguments[name]({**self._defaults, **said})
+            for i, dtype in natives:
+                if dtype not in allowed:
+                    which = name if some is not argument else f"{name}[{i}]"
+                    dtypes = " or ".join(map(str, (torch.uint8, *allowed)))
+                    raise ValueError(f"torch.ops.fp4.{self.name}: {which} is {dtype}; allowed: {dtypes}")
+        return [as_bytes(a) for a in some] if some is argument else as_bytes(argument)
 
     # One call
 
@@ -308,7 +325,7 @@ def op(
     *,
     contract: Contract,
     check_values: Callable[[Call], None] | None = None,
-    byte_arguments: Sequence[str] = (),
+    byte_arguments: Mapping[str, NativeDtypes] | None = None,
     mutates: Sequence[str] = (),
     preferences: Sequence[Preference] = (),
 ) -> Callable[[Callable[..., Any]], Op]:
@@ -318,13 +335,13 @@ def op(
         contract: checks a :class:`Call` and returns the outputs it promises; sees shapes, dtypes, strides and
             devices, real or symbolic, never data.
         check_values: checks that read data; run where that costs no synchronisation, on CPU tensors.
-        byte_arguments: arguments whose native FP4/FP8 dtypes the Python function views as uint8.
+        byte_arguments: arguments that the Python function views as uint8 where they have one of these native dtypes.
         mutates: arguments written in place; the function then returns None.
         preferences: what ``backend="auto"`` tries, in order; the reference is always last.
     """
 
     def register(function: Callable[..., Any]) -> Op:
-        new = Op(function, contract, check_values, byte_arguments, mutates, preferences)
+        new = Op(function, contract, check_values, byte_arguments or {}, mutates, preferences)
         OPS[new.name] = new
         return new
 

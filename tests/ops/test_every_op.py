@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from torch_fp4ops import OPS
+from torch_fp4ops.codecs import as_bytes
 from torch_fp4ops.registry import Op
 from torch_fp4ops.testing import Sample, assert_right, assert_same_bytes, comparable, samples
 
@@ -153,6 +156,70 @@ def test_none_for_a_tensor_is_refused(name):
         with FakeTensorMode() as mode, pytest.raises(ValueError, match=message):
             fake_args, fake_kwargs = tree_map_only(Tensor, mode.from_tensor, (args, sample.kwargs))
             op.default(*fake_args, **fake_kwargs)
+
+
+E2M1, E4M3, E8M0 = torch.float4_e2m1fn_x2, torch.float8_e4m3fn, torch.float8_e8m0fnu
+CACHES = {"k_cache": E2M1, "v_cache": E2M1, "k_cache_sf": None, "v_cache_sf": None}
+# By op, its arguments of bytes: their native dtype, or None for scales, where that depends on the call.
+BYTES = {
+    "mm_fp4": {"a": E2M1, "b": E2M1, "a_descale": None, "b_descale": None},
+    "mm_bf16_fp4": {"b": E2M1, "b_descale": None},
+    "mm_mxfp8": {"a_descale": None, "b_descale": None},
+    "fp4_dequantize": {"input": E2M1, "scale": None},
+    "mxfp8_dequantize": {"scale_tensor": None},
+    "nvfp4_kv_dequantize": {"fp4_data": E2M1, "block_scales": None},
+    "nvfp4_kv_quantize_store": CACHES,
+    "nvfp4_kv_dequantize_paged": CACHES,
+    "fp4_kv_attention_decode": CACHES,
+    "cutlass_fused_moe": {"quant_scales": None, "input_sf": None},
+}
+
+
+def dtype_of_scales(name: str, given: dict[str, Any]) -> torch.dtype:
+    if name == "cutlass_fused_moe":
+        nvfp4 = len(given["quant_scales"]) == (4 if given.get("use_w4_group_scaling") else 6)
+    else:
+        nvfp4 = "mx" not in name and given.get("block_size") != 32 and not given.get("sf_use_ue8m0")
+    return E4M3 if nvfp4 else E8M0
+
+
+@pytest.mark.parametrize(("name", "i"), [case for case in CASES if case.values[0] in BYTES])
+def test_native_dtypes_of_bytes_are_those_of_the_format(name, i):
+    """``torch_fp4ops.<op>`` reads their bytes, and refuses those of another format."""
+    op, sample = OPS[name], cached_samples(name)[i]
+    names = [a.name for a in op.default._schema.arguments]
+    given = dict(zip(names, sample.args, strict=False)) | sample.kwargs
+
+    def arguments() -> dict[str, Any]:
+        return Sample(name, (), given).clone().kwargs
+
+    expected = arguments()
+    wanted = op.default(**expected)
+    for argument in BYTES[name].keys() & given.keys():
+        right = BYTES[name][argument] or dtype_of_scales(name, given)
+        whole = not isinstance(given[argument], (list, tuple))
+        places = [argument] if whole else range(len(given[argument]))
+        for place, dtype in itertools.product(places, (E2M1, E4M3, E8M0)):
+            changed = arguments()
+            holder = changed if whole else changed[argument]
+            if holder[place] is None or holder[place].dtype != torch.uint8:
+                continue
+            holder[place] = holder[place].view(dtype)
+            if dtype == right:
+                out = op(**changed)
+                for a, b in zip(tensors((out, changed)), tensors((wanted, expected)), strict=True):
+                    assert_same_bytes(as_bytes(a), as_bytes(b))
+            else:
+                which = argument if whole else rf"{argument}\[{place}\]"
+                message = rf"fp4.{name}: {which} is {dtype}; allowed: torch.uint8 or {right}$"
+                with pytest.raises(ValueError, match=message):
+                    op(**changed)
+
+
+def test_arguments_of_bytes_are_known():
+    assert {name: set(op._byte_arguments) for name, op in OPS.items() if op._byte_arguments} == {
+        name: set(arguments) for name, arguments in BYTES.items()
+    }
 
 
 @pytest.mark.parametrize("name", OPS)

@@ -8,8 +8,14 @@ from torch import Tensor
 from ..block_quantization import dequantize_blocks
 from ..contracts import Call
 from ..formats import BlockFormat, kv_format
+from ._scales import byte_arguments
 
 _LAYOUTS = ("NHD", "HND")
+BYTES = byte_arguments(
+    ("k_cache", "v_cache"),
+    ("k_cache_sf", "v_cache_sf"),
+    lambda given: kv_format(given["sf_vec_size"], given["sf_use_ue8m0"]),
+)
 
 
 def require_format(call: Call) -> BlockFormat:

@@ -3,16 +3,37 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import scale_layouts
+from ..codecs import NATIVE_DTYPES
 from ..contracts import Call, Out
 from ..formats import BlockFormat, fp4_format
+from ..registry import NativeDtypes
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def byte_arguments(
+    codes: Sequence[str], scales: Sequence[str], format_of: Callable[[Mapping[str, Any]], BlockFormat | None]
+) -> dict[str, NativeDtypes]:
+    """An op's arguments of packed FP4 codes and of block scales, by the format that a call's arguments mean.
+
+    Where they mean none scales may have either dtype: what is wrong then is for the contract to say.
+    """
+
+    def of_codes(given: Mapping[str, Any]) -> tuple[torch.dtype, ...]:
+        return (NATIVE_DTYPES["e2m1"],)
+
+    def of_scales(given: Mapping[str, Any]) -> tuple[torch.dtype, ...]:
+        fmt = format_of(given)
+        return tuple(NATIVE_DTYPES[code] for code in ((fmt.scale,) if fmt else ("e4m3", "ue8m0")))
+
+    return dict.fromkeys(codes, of_codes) | dict.fromkeys(scales, of_scales)
 
 
 def require_fp4_format(call: Call) -> BlockFormat:

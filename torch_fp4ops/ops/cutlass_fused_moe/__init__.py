@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ... import scale_layouts
 from ...contracts import Call, Out
-from ...formats import MXFP8, NVFP4
+from ...formats import MXFP8, NVFP4, BlockFormat
 from ...registry import op
 from ...selection import Preference
 from .. import _preferences, _scales
@@ -158,11 +161,29 @@ _PREFERENCES = (
 )
 
 
+def _scales_of(weights: bool) -> Callable[[Mapping[str, Any]], BlockFormat | None]:
+    def format_of(given: Mapping[str, Any]) -> BlockFormat | None:
+        fc1, scales = given.get("fc1_expert_weights"), given.get("quant_scales") or ()
+        if fc1 is None:
+            return None
+        mode = _modes.find_mode(fc1.dtype, len(scales), given["use_w4_group_scaling"], given["use_mxfp8_act_scaling"])
+        if mode is None:
+            return None
+        return mode.weights if weights else mode.activations
+
+    return format_of
+
+
+_BYTES = _scales.byte_arguments((), ("quant_scales",), _scales_of(True)) | _scales.byte_arguments(
+    (), ("input_sf",), _scales_of(False)
+)
+
+
 @op(
     preferences=_PREFERENCES,
     contract=_contract,
     check_values=_check_values,
-    byte_arguments=("quant_scales", "input_sf"),
+    byte_arguments=_BYTES,
 )
 def cutlass_fused_moe(
     input: Tensor,

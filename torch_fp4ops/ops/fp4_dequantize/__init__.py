@@ -44,7 +44,12 @@ _PREFERENCES = (
 )
 
 
-@op(preferences=_PREFERENCES, contract=_contract, check_values=_check_values, byte_arguments=("input", "scale"))
+_BYTES = _scales.byte_arguments(
+    ("input",), ("scale",), lambda given: fp4_format(given["sf_vec_size"], given["sf_use_ue8m0"])
+)
+
+
+@op(preferences=_PREFERENCES, contract=_contract, check_values=_check_values, byte_arguments=_BYTES)
 def fp4_dequantize(
     input: Tensor,
     scale: Tensor,

@@ -52,7 +52,10 @@ _PREFERENCES = (
 )
 
 
-@op(preferences=_PREFERENCES, contract=_contract, byte_arguments=("b", "b_descale"))
+_BYTES = _scales.byte_arguments(("b",), ("b_descale",), lambda given: _format(given["block_size"]))
+
+
+@op(preferences=_PREFERENCES, contract=_contract, byte_arguments=_BYTES)
 def mm_bf16_fp4(
     a: Tensor,
     b: Tensor,

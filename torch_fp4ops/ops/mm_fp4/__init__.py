@@ -52,7 +52,12 @@ _PREFERENCES = (
 )
 
 
-@op(preferences=_PREFERENCES, contract=_contract, byte_arguments=("a", "b", "a_descale", "b_descale"))
+_BYTES = _scales.byte_arguments(
+    ("a", "b"), ("a_descale", "b_descale"), lambda given: NVFP4 if given["use_nvfp4"] else MXFP4
+)
+
+
+@op(preferences=_PREFERENCES, contract=_contract, byte_arguments=_BYTES)
 def mm_fp4(
     a: Tensor,
     b: Tensor,

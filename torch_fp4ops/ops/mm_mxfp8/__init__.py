@@ -48,7 +48,10 @@ _PREFERENCES = (
 )
 
 
-@op(preferences=_PREFERENCES, contract=_contract, byte_arguments=("a_descale", "b_descale"))
+_BYTES = _scales.byte_arguments((), ("a_descale", "b_descale"), lambda given: MXFP8)
+
+
+@op(preferences=_PREFERENCES, contract=_contract, byte_arguments=_BYTES)
 def mm_mxfp8(
     a: Tensor,
     b: Tensor,

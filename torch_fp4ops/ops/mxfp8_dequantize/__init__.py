@@ -37,7 +37,10 @@ _PREFERENCES = (
 )
 
 
-@op(preferences=_PREFERENCES, contract=_contract, byte_arguments=("scale_tensor",))
+_BYTES = _scales.byte_arguments((), ("scale_tensor",), lambda given: MXFP8)
+
+
+@op(preferences=_PREFERENCES, contract=_contract, byte_arguments=_BYTES)
 def mxfp8_dequantize(
     input: Tensor,
     scale_tensor: Tensor,

@@ -39,12 +39,10 @@ _PREFERENCES = (
 )
 
 
-@op(
-    preferences=_PREFERENCES,
-    contract=_contract,
-    check_values=_check_values,
-    byte_arguments=("fp4_data", "block_scales"),
-)
+_BYTES = _scales.byte_arguments(("fp4_data",), ("block_scales",), lambda given: NVFP4)
+
+
+@op(preferences=_PREFERENCES, contract=_contract, check_values=_check_values, byte_arguments=_BYTES)
 def nvfp4_kv_dequantize(
     fp4_data: Tensor,
     block_scales: Tensor,

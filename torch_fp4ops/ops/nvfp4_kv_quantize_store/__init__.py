@@ -55,7 +55,7 @@ _PREFERENCES = (
     preferences=_PREFERENCES,
     contract=_contract,
     check_values=_check_values,
-    byte_arguments=("k_cache", "v_cache", "k_cache_sf", "v_cache_sf"),
+    byte_arguments=_kv.BYTES,
     mutates=("k_cache", "v_cache", "k_cache_sf", "v_cache_sf"),
 )
 def nvfp4_kv_quantize_store(
