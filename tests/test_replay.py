@@ -169,6 +169,26 @@ def test_one_tensor_twice_is_not_replayed():
     assert torch.equal(call(x, y), y * 6)
 
 
+def writes(x: Tensor, y: Tensor, *, backend: str = "auto") -> None:
+    RUNS.append("writes")
+    _launch(x, x, 2.0)
+    _launch(y, y, 3.0)
+
+
+def test_tensors_of_one_memory_that_are_written_are_not_replayed():
+    """Only what checks the call again can refuse them."""
+    writes.__annotations__ = {"x": Tensor, "y": Tensor, "backend": str, "return": None}
+    probe = op(contract=lambda call: None, mutates=("x", "y"))(writes)
+    OPS.pop("writes")
+    probe.backend("kernels", unsupported=lambda call: None, replayable=True)(writes)
+    x, y = torch.ones(2, 3), torch.ones(2, 3)
+    for _ in range(3):
+        probe.default(x, y, backend="kernels")
+    assert RUNS == ["writes"] * 2 and x[0, 0] == 8 and y[0, 0] == 27
+    probe.default(x, x.view(2, 3), backend="kernels")
+    assert RUNS == ["writes"] * 3
+
+
 def test_records_see_every_call():
     x = torch.ones(4, 3)
     with record_decisions() as decisions:

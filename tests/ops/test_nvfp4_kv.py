@@ -118,6 +118,7 @@ def test_store_rejects(change, message):
         ({"v_scale": -torch.ones(1)}, r"v_scale is \[-1.0\]; allowed: finite values above zero"),
         ({"k_cache": CACHE, "v_cache": CACHE}, r"v_cache is k_cache itself; allowed: a tensor of its own"),
         ({"k_cache_sf": SF, "v_cache_sf": SF}, r"v_cache_sf is k_cache_sf itself; allowed: a tensor of its own"),
+        ({"k_cache": CACHE, "v_cache": CACHE[:]}, r"v_cache is k_cache itself; allowed: a tensor of its own"),
     ],
 )
 def test_store_rejects_bad_values_and_leaves_the_cache_alone(change, message):

@@ -13,6 +13,11 @@ from ...selection import Preference
 from .. import _kv, _scales
 
 
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    """One tensor twice, or real ones that begin at the same place, which is 0 for those of nothing or on "meta"."""
+    return a is b or (type(a) is type(b) is Tensor and a.data_ptr() == b.data_ptr() != 0)
+
+
 def _contract(call: Call) -> None:
     fmt = _kv.require_format(call)
     _kv.require_layout(call)
@@ -27,9 +32,8 @@ def _contract(call: Call) -> None:
     call.require(slots.shape[0] <= key.shape[0], "slot_mapping", slots.shape, f"at most {key.shape[0]} slots")
     _kv.require_caches(call, key.shape[1], key.shape[2], fmt)
     for k, v in (("k_cache", "v_cache"), ("k_cache_sf", "v_cache_sf")):
-        call.require(
-            getattr(call, k) is not getattr(call, v), v, f"{k} itself", "a tensor of its own: both are written"
-        )
+        apart = not _same_memory(getattr(call, k), getattr(call, v))
+        call.require(apart, v, f"{k} itself", "a tensor of its own: both are written")
     _kv.require_cache_scales(call, fmt)
 
 
