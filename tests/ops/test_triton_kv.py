@@ -134,6 +134,7 @@ def check_dequantize_every_code_and_scale(device: str) -> None:
     splits=st.sampled_from([None, 1, 2, 5]),
     dtype=st.sampled_from([torch.bfloat16, torch.float16]),
     off=st.booleans(),
+    index=st.sampled_from([torch.int32, torch.int64]),
 )
 def check_attention(
     device: str,
@@ -144,10 +145,14 @@ def check_attention(
     splits: int | None,
     dtype: torch.dtype,
     off: bool,
+    index: torch.dtype,
 ) -> None:
     from torch_fp4ops.ops.fp4_kv_attention_decode.triton import attend
 
     arguments = list(case.arguments())
+    arguments[4:6] = (t.to(index) for t in arguments[4:6])
+    if index == torch.int64:  # the first sequence's are no pages, though their lowest 32 bits are those of one
+        arguments[4][:1] += 1 << 32
     if off:
         arguments[:4] = map(unaligned, arguments[:4])
     if case.fmt != "nvfp4":

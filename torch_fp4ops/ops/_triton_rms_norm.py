@@ -266,7 +266,7 @@ def aot_cases() -> Iterator[AotCase]:
         for rows in (1, 1 << 16):
             yield _aot_case(NVFP4, swizzled, "bf16", "bf16", 1, k, rows)
     for dtype, weight, form, k in (
-        ("fp32", "fp32", 2, 8192),
+        ("fp32", "fp16", 2, 8192),
         ("fp16", None, 1, 8192),
         ("fp32", "fp32", 1, LONGEST_ROW),
     ):

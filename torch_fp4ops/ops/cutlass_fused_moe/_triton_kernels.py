@@ -318,19 +318,21 @@ def combine(
 
 
 def aot_cases() -> Iterator[AotCase]:
-    ids = {"ids_ptr": "*i32", "first_expert": "i32", "experts": "i32"}
-    signature = {"rows_ptr": "*fp32", "expert_ids_ptr": "*i32", "final_scales_ptr": "*fp32", "out_ptr": "*bf16"}
-    signature |= dict.fromkeys(("first_expert", "experts", "units"), "i32")
-    yield AotCase("moe-combine-8", combine_kernel, signature, {"TOP_K": 8, "BLOCK": 1024}, 128)
-    signature = {"up_gate_ptr": "*fp32", "out_ptr": "*bf16", **ids, "units": "i32"}
+    """Dtypes of outputs and expert ids, parameters or none, numbers of experts."""
+    sizes = {"first_expert": "i32", "experts": "i32"}
     parameters = ("alpha_ptr", "beta_ptr", "limit_ptr")
-    constants = {"STEP": False, "BLOCK": 1024}
-    yield AotCase("moe-swiglu", swiglu_kernel, signature, {**constants, **dict.fromkeys(parameters)}, 128)
-    signature |= dict.fromkeys(parameters, "*fp32")
-    yield AotCase("moe-swiglu-parameters", swiglu_kernel, signature, constants, 128)
+    for dtype, index, given in (("bf16", "i32", ()), ("fp16", "i64", parameters), ("fp32", "i32", parameters)):
+        name = f"{dtype}-{index}"
+        signature = {"rows_ptr": "*fp32", "expert_ids_ptr": f"*{index}", "final_scales_ptr": "*fp32"}
+        signature |= {"out_ptr": f"*{dtype}", **sizes, "units": "i32"}
+        yield AotCase(f"moe-combine-8-{name}", combine_kernel, signature, {"TOP_K": 8, "BLOCK": 1024}, 128)
+        signature = {"up_gate_ptr": "*fp32", "out_ptr": f"*{dtype}", "ids_ptr": f"*{index}", **sizes, "units": "i32"}
+        signature |= dict.fromkeys(given, "*fp32")
+        constants = {"STEP": False, "BLOCK": 1024, **{p: None for p in parameters if p not in given}}
+        yield AotCase(f"moe-swiglu-{name}{'-parameters' * bool(given)}", swiglu_kernel, signature, constants, 128)
     scales = ("fc1_ptr", "fc1_out_ptr", "fc2_ptr", "fc2_out_ptr")
-    for none in (0, 2):  # the first ones are one for all experts
-        signature = {**ids, "rows": "i32", **dict.fromkeys(scales[none:], "*fp32")}
+    for none, index in ((0, "i32"), (2, "i64")):  # the first ones are one for all experts
+        signature = {"ids_ptr": f"*{index}", **sizes, "rows": "i32", **dict.fromkeys(scales[none:], "*fp32")}
         yield AotCase(
             f"moe-scales-{none}",
             scales_by_row_kernel,
@@ -338,8 +340,8 @@ def aot_cases() -> Iterator[AotCase]:
             {**dict.fromkeys(scales[:none]), "BLOCK": 256},
             128,
         )
-    for experts in (32, 128, 256):
-        signature = {**ids, "order_ptr": "*i64", "schedule_ptr": "*i32"}
+    for experts, index in ((32, "i64"), (128, "i32"), (256, "i32")):
+        signature = {"ids_ptr": f"*{index}", **sizes, "order_ptr": "*i64", "schedule_ptr": "*i32"}
         signature |= dict.fromkeys(("rows", "tiles", "rows_a_tile"), "i32")
         yield AotCase(
             f"moe-route-{experts}", route_kernel, signature, {"E": experts, "CHUNK": _chunk(experts)}, _ROUTE_THREADS

@@ -140,7 +140,7 @@ def in_window(there: Tensor, seq_lens: Tensor, window_left: int) -> Tensor:
         return there
     tokens = there.shape[1]
     token = torch.arange(tokens, device=there.device)
-    return there & (token >= seq_lens.clamp(max=tokens).unsqueeze(1) - 1 - window_left)
+    return there & (token >= seq_lens.clamp(max=tokens).unsqueeze(1) - 1 - min(window_left, tokens))
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, sm_scale: float, cap: float | None) -> Tensor:
@@ -152,7 +152,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, sm_scale: float, cap: 
     if cap is not None:
         s = cap * (s / cap).tanh()
     if not s.shape[-1]:
-        return torch.zeros_like(q)
+        return q.new_zeros(q.shape)
     s = s.masked_fill(~seen[:, None, None], -torch.inf)
     most = s.amax(-1, keepdim=True).clamp(min=torch.finfo(s.dtype).min)  # no token at all: weights of zero, no NaN
     weights = (s - most).exp()

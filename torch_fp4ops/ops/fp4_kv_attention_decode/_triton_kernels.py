@@ -57,7 +57,10 @@ def _tile(
     W: tl.constexpr = D // PER
     token = first + tl.arange(0, BN)
     there = (token >= start) & (token < end)
-    page = tl.load(table_ptr + token // PAGE_SIZE, mask=there, other=0).to(tl.uint32, bitcast=True)
+    page = tl.load(table_ptr + token // PAGE_SIZE, mask=there, other=0)
+    if page.dtype == tl.int64:
+        page = tl.where((page >= 0) & (page < pages), page, -1).to(tl.int32)
+    page = page.to(tl.uint32, bitcast=True)
     there = there & (page < pages.to(tl.uint32, bitcast=True))
     # Some page is read for every token, which takes no masks: the weights of those that aren't there are 0. Only what
     # is not finite would still count.

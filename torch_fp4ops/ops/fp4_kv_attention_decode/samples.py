@@ -37,6 +37,7 @@ def samples() -> Iterator[tuple[str, tuple[Any, ...], dict[str, Any]]]:
     yield "D256-one-kv-head", (values(3, 2, 20, 256), *paged(3, [21, 9], 1, 256, 8, "HND")), {}
     q16 = values(4, 3, 8, 64, dtype=torch.float16)
     yield "fp16-window-cap", (q16, *paged(4, [3, 50, 19], 2, 64, 16)), {"window_left": 16, "logits_soft_cap": 2.0}
+    yield "int64-tables", (values(7, 2, 4, 64), *paged(7, [40, 21], 2, 64, 16, index=torch.int64)), {}
     yield "window-of-one", (values(5, 2, 2, 64), *paged(5, [9, 30], 2, 64)), {"window_left": 0}
     for fmt in ("mxfp4", "blockfp4"):
         yield fmt, (values(6, 2, 4, 64), *paged(6, [26, 5], 2, 64, fmt=fmt)), FORMATS[fmt]

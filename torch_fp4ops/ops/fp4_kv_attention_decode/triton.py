@@ -106,7 +106,7 @@ def attend(
         tile.THREADS,
         q.device,
         *(q, *bytes_of, *(cache_scales or (None, None)), block_tables, seq_lens.contiguous(), *scales),
-        *(out, sums, stats, sm_scale, logits_soft_cap or 0.0, window_left, heads, block_tables.shape[1]),
+        *(out, sums, stats, sm_scale, logits_soft_cap or 0.0, min(window_left, tokens), heads, block_tables.shape[1]),
         *(caches[0].shape[0], q.stride(0), q.stride(1), block_tables.stride(0), *strides, *sf_strides),
         FORMAT=fmt,
         D=dim,
@@ -176,7 +176,8 @@ def fp4_kv_attention_decode_triton(
 
 
 def aot_cases() -> Iterator[AotCase]:
-    """Formats, head dimensions, dtypes of q and sizes of groups; the options together; one and many splits."""
+    """Formats, head dimensions, dtypes of q and sizes of groups; the options, with page tables and lengths of int64,
+    together; one and many splits."""
     for fmt, dim, dtype, group, options, splits in (
         ("nvfp4", 128, "bf16", 4, False, 16),
         ("nvfp4", 64, "bf16", 8, False, 1),
@@ -196,7 +197,8 @@ def aot_cases() -> Iterator[AotCase]:
 
 def _aot_case(fmt: str, dim: int, dtype: str, group: int, options: bool, splits: int) -> AotCase:
     kv = "*u8"
-    signature = {"q_ptr": f"*{dtype}", "k_ptr": kv, "v_ptr": kv, "table_ptr": "*i32", "length_ptr": "*i32"}
+    index = "*i64" if options else "*i32"
+    signature = {"q_ptr": f"*{dtype}", "k_ptr": kv, "v_ptr": kv, "table_ptr": index, "length_ptr": index}
     signature |= {"out_ptr": f"*{dtype}", **dict.fromkeys(NOT_SPECIALIZED, "i32"), "sm_scale": "fp32", "cap": "fp32"}
     constants = {"FORMAT": fmt, "D": dim, "GROUP": group, "PAGE_SIZE": 16, "WINDOW": options, "CAP": options}
     constants |= {"ALIGNED": 16, "SF_ALIGNED": 8 if dim == 128 else 4, "SPLITS": splits}

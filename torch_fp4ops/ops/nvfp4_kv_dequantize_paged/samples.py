@@ -27,11 +27,12 @@ def paged(
     layout: str = "NHD",
     fmt: str = "nvfp4",
     stacked: bool = False,
+    index: torch.dtype = torch.int32,
 ) -> tuple[Any, ...]:
     """Caches of random keys and values, page table, lengths and global scales, as the ops take them.
 
     The memory that no sequence reaches holds NaN scales and the table's other entries are no pages. ``stacked``:
-    keys and values are views of one tensor.
+    keys and values are views of one tensor. ``index``: dtype of page table and lengths.
     """
     generator = torch.Generator().manual_seed(seed)
     flags = FORMATS[fmt]
@@ -55,7 +56,7 @@ def paged(
     new = (values(seed + 1, len(slots), heads, dim), values(seed + 2, len(slots), heads, dim))
     scales = (torch.tensor([5 / 2688]), torch.tensor([4 / 2688])) if fmt == "nvfp4" else (None, None)
     nvfp4_kv_quantize_store(*new, torch.tensor(slots, dtype=torch.int64), *caches, *scales, layout, **flags)
-    return (*caches, tables, torch.tensor(lengths, dtype=torch.int32), *scales, layout)
+    return (*caches, tables.to(index), torch.tensor(lengths, dtype=index), *scales, layout)
 
 
 def blank(device: torch.device, batch: int, tokens: int, heads: int, dim: int) -> tuple[Any, ...]:
@@ -80,7 +81,7 @@ def samples() -> Iterator[tuple[str, tuple[Any, ...], dict[str, Any]]]:
     yield "no-sequence", paged(0, [], 2, 64), {}
     for layout in ("NHD", "HND"):
         yield f"{layout}-ragged", paged(1, [0, 1, 4, 11], 2, 112, 4, layout, stacked=True), {}
-    yield "fp16", (*paged(2, [7, 2], 3, 64), torch.float16), {}
+    yield "fp16-int64-tables", (*paged(2, [7, 2], 3, 64, index=torch.int64), torch.float16), {}
     yield "fp8", (*paged(3, [7, 0, 2], 1, 64, 8, "HND"), torch.float8_e4m3fn), {}
     yield "few-tokens", (*paged(4, [5, 3], 2, 64), torch.bfloat16, 6), {}
     for fmt in ("mxfp4", "blockfp4"):

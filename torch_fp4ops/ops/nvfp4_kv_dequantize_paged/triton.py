@@ -225,9 +225,9 @@ def tiling(tokens: int, cols: int) -> tuple[int, int, int]:
 
 
 def aot_cases() -> Iterator[AotCase]:
-    """Formats, output dtypes, D = 128 and a D that is no power of two, few and many tokens, an unaligned cache."""
+    """Formats, output dtypes, D = 128 and a D that is no power of two, few and many tokens, an unaligned cache with
+    page tables and lengths of int64."""
     pointers = {f"{kv}_{name}_ptr": "*u8" for kv in "kv" for name in ("cache", "sf")}
-    pointers |= {"table_ptr": "*i32", "length_ptr": "*i32"}
     sizes = dict.fromkeys((*_SIZES, *(f"{kv}_{s}" for kv in "kv" for s in _STRIDES)), "i32")
     for fmt, dtype, dim, tokens, aligned in (
         (NVFP4, "bf16", 128, 1 << 16, 4),
@@ -237,7 +237,9 @@ def aot_cases() -> Iterator[AotCase]:
         (BLOCKFP4, "bf16", 128, 1 << 16, 4),
     ):
         T, C, iters = tiling(tokens, dim)
-        signature = {**pointers, **sizes, "keys_ptr": f"*{dtype}", "values_ptr": f"*{dtype}"}
+        index = "*i64" if aligned == 1 else "*i32"
+        signature = {**pointers, **sizes, "table_ptr": index, "length_ptr": index}
+        signature |= {"keys_ptr": f"*{dtype}", "values_ptr": f"*{dtype}"}
         constants = {"FORMAT": fmt.name, "PAGE_SIZE": 16, "WORDS": dim // 8, "ALIGNED": aligned}
         constants |= {"T": T, "C": C, "ITERS": iters}
         scales = ("k_scale_ptr", "v_scale_ptr")
