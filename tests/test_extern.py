@@ -46,16 +46,46 @@ def test_a_function_becomes_an_op_that_compiles(fresh_dynamo):
 
 @pytest.mark.parametrize(
     ("number", "result"),
-    list(enumerate([lambda x: x, lambda x: x.double(), lambda x: x[:1].clone(), lambda x: x.t().contiguous().t()])),
+    list(
+        enumerate(
+            [
+                lambda x: x,
+                lambda x: x.flatten()[12:].view(3, 4),
+                lambda x: x.double(),
+                lambda x: x[:1].clone(),
+                lambda x: x.t().contiguous().t(),
+            ]
+        )
+    ),
 )
 def test_an_op_that_breaks_its_contract_raises(number, result):
     def wrong(x: Tensor) -> Tensor:
-        return result(x)
+        return result(x)[:3]
 
     name = f"_test_extern_wrong{number}"
-    register_extern(name, wrong, _contract)
-    with pytest.raises(RuntimeError, match=f"fp4.{name} gave .*promises fresh contiguous"):
-        getattr(torch.ops.fp4, name)(torch.randn(3, 4))
+    register_extern(name, wrong, lambda call: Out((3, 4), torch.float32))
+    with pytest.raises(RuntimeError, match=f"fp4.{name} gave .*its contract promises"):
+        getattr(torch.ops.fp4, name)(torch.randn(6, 4))
+
+
+def test_an_op_that_gives_one_tensor_twice_raises():
+    def twice(x: Tensor) -> tuple[Tensor, Tensor]:
+        out = x + 1
+        return out, out
+
+    register_extern("_test_extern_twice", twice, lambda call: (_contract(call), _contract(call)))
+    with pytest.raises(RuntimeError, match="gave memory of its arguments, or the same twice"):
+        torch.ops.fp4._test_extern_twice(torch.randn(3, 4))
+
+
+def test_a_backend_that_breaks_the_contract_never_runs():
+    def strided(input: Tensor, global_scale: Tensor) -> tuple[Tensor, Tensor]:
+        codes, scales = nvfp4_kv_quantize.__wrapped__(input, global_scale)
+        return codes.t().contiguous().t(), scales
+
+    register_extern("nvfp4_kv_quantize.strided", strided)
+    with pytest.raises(BackendUnavailable, match="failed its probe: RuntimeError: .* gave .* of strides"):
+        torch.ops.fp4.nvfp4_kv_quantize(X, GLOBAL, backend="strided")
 
 
 def test_a_backend_is_probed_and_named():
@@ -102,3 +132,16 @@ def test_rejections():
             register_extern(name, other, contract)
     with pytest.raises(TypeError, match="backend 'mine' of mm_fp4 has the schema"):
         register_extern("mm_fp4.mine", other)
+
+    def number_first(n: int, x: Tensor) -> Tensor:
+        return x + n
+
+    def of_a_device(x: Tensor, device: str = "a") -> Tensor:
+        return x + 1
+
+    for function, message in (
+        (number_first, "the first argument of '_test_extern_none' is n: int; allowed: a Tensor"),
+        (of_a_device, "'_test_extern_none' has an argument 'device', which a contract's Call has, too"),
+    ):
+        with pytest.raises(TypeError, match=f"register_extern: {message}"):
+            register_extern("_test_extern_none", function, _contract)

@@ -6,6 +6,7 @@ import inspect
 import pickle
 import sys
 import types
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -218,6 +219,26 @@ def test_a_backend_that_cannot_be_imported_is_a_reason(tmp_path, monkeypatch):
     with pytest.raises(BackendUnavailable, match="broken.*not importable.*a_package_that_does_not_exist"):
         scale(x, backend="broken")
     assert "broken" in scale.backend_names()
+
+
+def test_threads_that_come_while_backends_are_imported_wait_for_them(tmp_path, monkeypatch):
+    (tmp_path / "slow.py").write_text(
+        "import time\n"
+        "from torch_fp4ops import OPS\n"
+        "time.sleep(0.3)\n"
+        "op = OPS['_test_scale']\n"
+        "op.backend('slow', unsupported=lambda call: None)(op.__wrapped__)\n"
+    )
+    package = types.ModuleType("slow_op_folder_for_test")
+    package.__path__ = [str(tmp_path)]
+    monkeypatch.setitem(sys.modules, "slow_op_folder_for_test", package)
+    monkeypatch.setitem(OPS, "_test_scale", scale)
+    monkeypatch.setattr(scale, "__module__", "slow_op_folder_for_test")
+    monkeypatch.setattr(scale, "_backends", dict(scale._backends))
+    monkeypatch.setattr(scale, "_loaded", False)
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda _: scale(x, backend="slow"), range(4)))
+    assert all(torch.equal(out, scale(x, backend="reference")) for out in results)
 
 
 class TestAutograd:

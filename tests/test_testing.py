@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
 
 from torch_fp4ops import OPS
-from torch_fp4ops.testing import assert_matmul_close, assert_nearly_same, assert_right, assert_same_bytes, samples
+from torch_fp4ops.testing import (
+    assert_attention_close,
+    assert_matmul_close,
+    assert_nearly_same,
+    assert_right,
+    assert_same_bytes,
+    samples,
+)
 from torch_fp4ops.testing.strategies import matrices
 
 
@@ -56,6 +65,17 @@ def test_matmul_bound_passes_right_results_and_fails_wrong_ones(dtype):
     wrong[2, 3] = float("nan")
     with pytest.raises(AssertionError, match="NaN"):
         assert_matmul_close(wrong, a, b, alpha)
+    for other in (right[:0], right[:1], right.expand(5, 5, 7)):
+        with pytest.raises(AssertionError, match=r"the result is of shape .*, not \(5, 7\)"):
+            assert_matmul_close(other, a, b, alpha)
+
+
+def test_attention_of_another_shape_fails():
+    q, k = torch.zeros(1, 1, 64), torch.zeros(1, 3, 1, 64, dtype=torch.float64)
+    seen = torch.ones(1, 3, dtype=torch.bool)
+    assert_attention_close(q, q, k, k, seen, 1.0)
+    with pytest.raises(AssertionError, match=r"the result is of shape \(0, 1, 64\), not \(1, 1, 64\)"):
+        assert_attention_close(q[:0], q, k, k, seen, 1.0)
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -83,6 +103,24 @@ def test_assert_right_fails_for_a_wrong_backend(name):
             assert_right(op, sample, "wrong")
     finally:
         del op._backends["wrong"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda out: out.t().contiguous().t(),
+        lambda out: torch.cat([out, out]),
+        lambda out: out.double(),
+        lambda out: None,
+    ],
+)
+def test_assert_right_fails_for_outputs_that_are_not_promised(change, monkeypatch):
+    op = OPS["mm_bf16_fp4"]
+    sample = next(s for s in samples(op) if s.name.startswith("nvfp4-17"))
+    wrong = dataclasses.replace(op._backends["reference"], run=lambda *a, **k: change(op.__wrapped__(*a, **k)))
+    monkeypatch.setitem(op._backends, "wrong", wrong)
+    with pytest.raises(AssertionError, match=r"mm_bf16_fp4, backend 'wrong', gave .* its contract promises torch.bf"):
+        assert_right(op, sample, "wrong")
 
 
 @settings(max_examples=30)

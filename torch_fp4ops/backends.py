@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ __all__ = ["Backend", "Unsupported", "WithBackends"]
 
 Unsupported = Callable[[Call], "str | None"]
 _MODULES_THAT_ARE_NO_BACKEND = {"samples"}
+_loading = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,12 @@ class WithBackends:
         """Import the modules beside the op's spec: each registers one backend. Lazy, as they import Triton and such."""
         if self._loaded:
             return
-        self._loaded = True
+        with _loading:  # a thread that comes later waits until all are there
+            if not self._loaded:
+                self._import_backends()
+                self._loaded = True
+
+    def _import_backends(self) -> None:
         package = sys.modules[self.__module__]
         for module in pkgutil.iter_modules(getattr(package, "__path__", [])):
             if module.name in _MODULES_THAT_ARE_NO_BACKEND or module.name.startswith("_"):

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
-__all__ = ["Call", "Out"]
+__all__ = ["Call", "Out", "broken_promise"]
 
 
 class Out(NamedTuple):
@@ -16,6 +17,28 @@ class Out(NamedTuple):
 
     shape: Sequence[int]
     dtype: torch.dtype
+
+
+def broken_promise(out: Any, promised: Out | tuple[Out, ...] | None, device: torch.device) -> str | None:
+    """What an op gave, if that differs from what its contract promised for the call in number, shapes, dtypes, device
+    or strides; None if it doesn't."""
+    given = [t for t in tree_leaves(out) if t is not None]
+    wanted = [promised] if isinstance(promised, Out) else list(promised or ())
+    right = len(given) == len(wanted) and all(
+        isinstance(t, Tensor)
+        and (tuple(t.shape), t.dtype, t.device) == (tuple(o.shape), o.dtype, device)
+        and t.is_contiguous()
+        for t, o in zip(given, wanted, strict=True)
+    )
+    if right:
+        return None
+    described = ", ".join(_described(t) for t in given) or "nothing"
+    wanted_too = ", ".join(f"{o.dtype} {tuple(o.shape)}" for o in wanted) or "nothing"
+    return f"gave {described}; its contract promises {wanted_too}, contiguous, on {device}"
+
+
+def _described(t: Any) -> str:
+    return f"{t.dtype} {tuple(t.shape)} of strides {t.stride()} on {t.device}" if isinstance(t, Tensor) else repr(t)
 
 
 class Call:
@@ -100,7 +123,8 @@ class Call:
         self.require(t.numel() == 1, argument, t.shape, "one element")
 
     def require_positive(self, argument: str) -> None:
-        """Every value finite and above zero. Reads data: only for a check of values, on the CPU."""
+        """Every value finite and above zero, and its reciprocal, too: 2^-128 has none in fp32, and makes NaN of zeros.
+        Reads data: only for a check of values, on the CPU."""
         t = getattr(self, argument)
-        ok = bool((t.isfinite() & (t > 0)).all())
-        self.require(ok, argument, f"{t.tolist()}", "finite values above zero")
+        ok = bool((t.isfinite() & (t > 0) & t.reciprocal().isfinite()).all())
+        self.require(ok, argument, f"{t.tolist()}", "finite values above zero, with finite reciprocals")

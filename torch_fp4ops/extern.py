@@ -7,8 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
-from .contracts import Call, Out
+from .contracts import Call, Out, broken_promise
 from .probe import Probed
 from .registry import OPS, Op, op
 
@@ -32,7 +33,8 @@ def register_extern(
             backend: the op's own arguments, ``backend`` left out or not. It may launch kernels, call other libraries
             and break graphs as it likes: a graph sees one node.
         contract: for a new op: checks the :class:`~torch_fp4ops.contracts.Call` and returns the outputs' shapes and
-            dtypes. From it come the fake, the validation, and a check of what ``fn`` gives, at every call.
+            dtypes. From it come the fake, the validation, and, as for a backend from its op's contract, a check of
+            what ``fn`` gives, at every call.
         unsupported: for a backend: why it can't take a call, by metadata alone; None if it can.
         exact: for a backend: whether quantised bytes must equal the reference's, when ``check`` asks.
         tolerance: for a backend: relative error that its probe allows. A backend is probed before its first use.
@@ -41,7 +43,8 @@ def register_extern(
         The op. ``backend="auto"`` takes a new backend only if a preference row says so; name it.
 
     Raises:
-        TypeError: a signature that is none of an operator's, or not the op's.
+        TypeError: a signature that is none of an operator's, or not the op's, or a new op's whose first argument is no
+            Tensor or one of whose arguments is named as what a ``Call`` has.
         ValueError: the op does not exist, the name is taken, or an argument of the other kind is given.
     """
     op_name, _, backend = name.partition(".")
@@ -62,42 +65,49 @@ def register_extern(
     register = target.backend(
         backend, unsupported=unsupported or (lambda call: None), trust=Probed(tolerance=tolerance), exact=exact
     )
-    register(_with_backend_argument(fn, op_name, lambda out, args, kwargs: out))
+    register(_held_to_contract(fn, op_name))
     return target
 
 
 def _new_op(name: str, fn: Callable[..., Any], contract: Callable[[Call], Any]) -> Op:
-    def held_to_contract(out: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        call = OPS[name].check(*args, **kwargs)
-        promised = contract(call)
-        outputs = () if promised is None else (promised,) if isinstance(promised, Out) else promised
-        given = () if out is None else (out,) if isinstance(out, Tensor) else tuple(out)
-        inputs = {t.data_ptr() for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.numel()}
-        right = len(given) == len(outputs) and all(
-            (tuple(t.shape), t.dtype, t.device) == (tuple(o.shape), o.dtype, call.device)
-            and t.is_contiguous()
-            and t.data_ptr() not in inputs
-            for t, o in zip(given, outputs, strict=True)
-        )
-        if not right:
-            described = [(tuple(t.shape), t.dtype, f"strides {t.stride()}") for t in given]
-            raise RuntimeError(
-                f"torch.ops.fp4.{name} gave {described}; its contract promises fresh contiguous {list(outputs)}"
-            )
-        return out
+    parameters = inspect.signature(fn, eval_str=True).parameters
+    first = next(iter(parameters.values()), None)
+    if first is None or first.annotation is not Tensor:  # its device is the call's
+        raise TypeError(f"register_extern: the first argument of {name!r} is {first}; allowed: a Tensor")
+    for parameter in parameters:
+        if parameter in ("op_name", "device") or hasattr(Call, parameter):
+            taken = f"an argument {parameter!r}, which a contract's Call has, too"
+            raise TypeError(f"register_extern: {name!r} has {taken}")
 
-    return op(contract=contract)(_with_backend_argument(fn, name, held_to_contract))
+    return op(contract=contract)(_held_to_contract(fn, name))
 
 
-def _with_backend_argument(fn: Callable[..., Any], name: str, then: Callable[..., Any]) -> Callable[..., Any]:
+def _shares_memory(out: Any, given: Any) -> bool:
+    outputs, arguments = (
+        [t for t in tree_leaves(tree) if isinstance(t, Tensor) and t.numel()] for tree in (out, given)
+    )
+    of_arguments = {t.untyped_storage().data_ptr() for t in arguments}
+    return len({t.data_ptr() for t in outputs}) < len(outputs) or any(
+        t.untyped_storage().data_ptr() in of_arguments for t in outputs
+    )
+
+
+def _held_to_contract(fn: Callable[..., Any], name: str) -> Callable[..., Any]:
     """``fn`` with the argument ``backend`` that every op has, and a check of what it gives."""
     signature = inspect.signature(fn, eval_str=True)
     has_backend = "backend" in signature.parameters
 
     def run(*args: Any, **kwargs: Any) -> Any:
+        call = OPS[name].check(*args, **kwargs)
         if not has_backend:
             kwargs.pop("backend", None)
-        return then(fn(*args, **kwargs), args, kwargs)
+        out = fn(*args, **kwargs)
+        wrong = broken_promise(out, OPS[name].contract(call), call.device)
+        if wrong is None and _shares_memory(out, (args, kwargs)):
+            wrong = "gave memory of its arguments, or the same twice; its contract promises fresh outputs"
+        if wrong is not None:
+            raise RuntimeError(f"torch.ops.fp4.{name} {wrong}")
+        return out
 
     if not has_backend:
         backend = inspect.Parameter("backend", inspect.Parameter.KEYWORD_ONLY, default="auto", annotation=str)

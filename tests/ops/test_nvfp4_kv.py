@@ -152,7 +152,7 @@ def test_quantize_rejects(change, message):
     assert_rejected_by_contract(nvfp4_kv_quantize, VALID, change, message)
 
 
-@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf"), -1.0])
+@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf"), -1.0, 1e-40])
 def test_quantize_rejects_a_bad_global_scale(value):
     change = {"global_scale": torch.tensor([value])}
     assert_rejected(nvfp4_kv_quantize, VALID, change, r"global_scale is \[.*\]; allowed: finite values above zero")

@@ -84,12 +84,17 @@ def assert_matmul_close(given: Tensor, a: Tensor, b: Tensor, alpha: Tensor | Non
     exact = a @ b.T
     if alpha is not None:
         exact = exact * alpha.double().reshape(-1, 1)
+    _assert_same_shape(given, exact)
     error = (given.double() - exact).abs()
     bound = matmul_bound(a, b, alpha, exact, given.dtype)
     assert not given.isnan().any(), "NaN in the result"
     # What may round to more than the dtype can hold is right as an infinity.
     overflows = given.isinf() & (given.sign() == exact.sign()) & (exact.abs() + bound >= torch.finfo(given.dtype).max)
     _assert_within(given, torch.where(overflows, 0.0, error), bound)
+
+
+def _assert_same_shape(given: Tensor, wanted: Tensor) -> None:
+    assert given.shape == wanted.shape, f"the result is of shape {tuple(given.shape)}, not {tuple(wanted.shape)}"
 
 
 def _assert_within(given: Tensor, error: Tensor, bound: Tensor) -> None:
@@ -166,5 +171,6 @@ def assert_attention_close(
 ) -> None:
     """``given`` is attention within :func:`attention_and_bound`, whose arguments these are; zeros without a token."""
     exact, bound = attention_and_bound(q, k, v, seen, sm_scale, logits_soft_cap, given.dtype)
+    _assert_same_shape(given, exact)
     assert not given.isnan().any(), "NaN in the result"
     _assert_within(given, (given.double() - exact).abs(), bound)

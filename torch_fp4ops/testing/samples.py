@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from ..contracts import broken_promise
 from ..registry import Op
 from .numerics import assert_nearly_same, assert_same_bytes
 
@@ -52,7 +53,8 @@ def samples(op: Op, device: str | torch.device = "cpu") -> list[Sample]:
 
 
 def assert_right(op: Op, sample: Sample, backend: str) -> None:
-    """Run a backend on a copy of the sample and check what it gives, or writes, against the reference on the CPU.
+    """Run a backend on a copy of the sample and check what it gives, or writes, against the op's contract and the
+    reference on the CPU.
 
     A backend that is not exact is held to :func:`assert_nearly_same`, with the share of differing bytes that its probe
     allows, and not asked about NaN and infinities: see :func:`comparable`. For the others the
@@ -62,7 +64,11 @@ def assert_right(op: Op, sample: Sample, backend: str) -> None:
     Raises AssertionError if the result is wrong, and whatever the op raises.
     """
     given = sample.clone()
+    call = op.check(*given.args, **given.kwargs)
+    promised = op.contract(call)
     out = op.run_backend(backend, *given.args, **{**given.kwargs, "backend": backend})
+    wrong = broken_promise(out, promised, call.device)
+    assert wrong is None, f"{op.name}, backend {backend!r}, {wrong}"
     on_cpu = sample.map_tensors(_to_cpu)
     assert_close = getattr(_samples_module(op), "assert_close", None)
     found = op.find_backend(backend, "assert_right")
