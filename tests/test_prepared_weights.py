@@ -105,6 +105,13 @@ def test_pickled_and_copied_weights_are_the_same(fmt, layout):
         assert_same_bytes(again.scale, weight.scale)
 
 
+def test_only_the_device_of_a_weight_changes():
+    weight = prepare_fp4_weight(*quantized(N, K, 16), scale_layout="128x4")
+    assert weight.to("meta").scale.is_meta and weight.to(torch.device("cpu")).weight.dtype == torch.uint8
+    with pytest.raises(ValueError, match=r"PreparedWeight.to: device is torch.bfloat16; allowed: a device"):
+        weight.to(torch.bfloat16)
+
+
 def test_activations_that_do_not_fit_the_weight():
     (a, _), (b, b_sf) = quantized(M, K, 16), quantized(N, K, 16)
     weight = prepare_fp4_weight(b, b_sf, "hopper", scale_layout="128x4")

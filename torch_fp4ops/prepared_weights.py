@@ -132,7 +132,9 @@ class PreparedWeight:
         return out if self.weight.shape[0] == self.n else out[:, : self.n]
 
     def to(self, device: torch.device | str) -> PreparedWeight:
-        """The same weight on another device."""
+        """The same weight on another device. ValueError for a dtype: what bytes mean, no cast keeps."""
+        if not isinstance(device, (torch.device, str, int)):
+            raise ValueError(f"PreparedWeight.to: device is {device!r}; allowed: a device")
         return replace(self, weight=self.weight.to(device), scale=self.scale.to(device))
 
     # As bytes: torch's float8 tensors can't be read back by pickle alone.

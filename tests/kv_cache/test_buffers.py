@@ -127,6 +127,26 @@ def test_scales_of_a_checkpoint():
         KVScales.from_checkpoint({"k_scale": torch.ones(1)})
 
 
+def test_scales_of_a_checkpoint_that_mean_no_one_scale():
+    names = [f"model.layers.0.self_attn.{kv}_proj.{kv}_scale" for kv in "kv"]
+    tensors = dict.fromkeys(names, torch.ones(1))
+    with pytest.raises(ValueError, match=r"both 'model.layers.0.*' and 'vision.layers.0.*'; allowed: one k_scale of"):
+        KVScales.from_checkpoint(tensors | {"vision.layers.0.attn.k_scale": torch.ones(1)})
+    with pytest.raises(ValueError, match=r"v_proj.v_scale'\] is of shape \(8,\); allowed: one element"):
+        KVScales.from_checkpoint(tensors | {names[1]: torch.ones(8)})
+
+
+def test_scales_that_are_none():
+    one = torch.ones(2)
+    with pytest.raises(ValueError, match=r"KVScales.from_amax: v_amax is \[1.0, 2.0\]; allowed: a tensor"):
+        KVScales.from_amax(one, [1.0, 2.0])
+    with pytest.raises(ValueError, match=r"KVScales: k is 1.0; allowed: a float32 tensor"):
+        KVScales(1.0, one, "amax/448")
+    for layer in (-1, 2):
+        with pytest.raises(ValueError, match=rf"KVScales.layer: layer_id is {layer}; allowed: 0 to 1"):
+            KVScales(one, one, "amax/448").layer(layer)
+
+
 @pytest.mark.parametrize("metadata", [None, {"format": "pt"}])
 def test_a_file_without_a_convention_is_refused(tmp_path, metadata):
     safetensors = pytest.importorskip("safetensors.torch")

@@ -292,3 +292,30 @@ def test_alpha_follows_the_global_scales(assign, input_scale):
     assert torch.equal(layer.alpha, alpha(layer)) and not torch.equal(other.alpha, layer.alpha)
     moved = copy.deepcopy(layer).to("meta")
     assert moved.alpha.is_meta
+
+
+@pytest.mark.parametrize("activations", ["bf16", "same"])
+def test_global_scales_replaced_or_written_for_a_call(activations):
+    """A call goes by the scales that are there: of another layer's state dict, or written in place."""
+    given = torch.tensor([100.0]) if activations == "same" else None
+    few, many = nn.Linear(64, 32, dtype=torch.bfloat16), nn.Linear(64, 32, dtype=torch.bfloat16)
+    many.weight.data.mul_(3)
+    a, b = (FP4Linear.from_linear(t, activations=activations, input_global_scale=given) for t in (few, many))
+    x = torch.randn(3, 64, dtype=torch.bfloat16)
+    with torch.no_grad():
+        before, wanted = a(x), b(x)
+        alpha = a.alpha
+        assert torch.equal(torch.func.functional_call(a, b.state_dict(), (x,)), wanted)
+        assert torch.equal(a(x), before) and a.alpha is alpha
+        for name, t in a.state_dict().items():
+            t.copy_(b.state_dict()[name])
+        assert torch.equal(a(x), wanted)
+        assert torch.equal(a.to(torch.float16)(x), b.to(torch.float16)(x))
+    assert not torch.equal(before, wanted)
+
+
+def test_alpha_stays_where_graphs_read_it():
+    layer = FP4Linear.from_linear(nn.Linear(64, 32), activations="bf16")
+    alpha = layer.alpha
+    layer.to("cpu", torch.float16)
+    assert layer.alpha is alpha and layer._alpha_is_current()

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from torch_fp4ops import (
     fp4_kv_attention_decode,
@@ -18,6 +19,7 @@ from torch_fp4ops.codecs import decode_ue8m0
 from torch_fp4ops.formats import BLOCKFP4, MXFP4
 from torch_fp4ops.ops.fp4_kv_attention_decode.samples import assert_close
 from torch_fp4ops.ops.nvfp4_kv_dequantize_paged.samples import FORMATS, paged
+from torch_fp4ops.ops.nvfp4_kv_quantize_store import write_rows
 from torch_fp4ops.testing import assert_same_bytes
 from torch_fp4ops.testing.samples import values
 
@@ -40,6 +42,25 @@ def test_dequantize_gives_the_tokens_in_order_and_zeros(case: Case):
             place = (int(tables[i, t // case.page]), t % case.page)
             assert_same_bytes(keys[i, t], nvfp4_kv_dequantize(k_cache[place], k_sf[place], k_scale))
         assert_same_bytes(keys[i, n:], torch.zeros_like(keys[i, n:]))
+
+
+@pytest.mark.parametrize("slots", [[-1, -1], [-1, 3], [2, -7]])
+def test_store_writes_the_rows_of_its_slots_and_no_other(slots):
+    """Content that is written back would undo what another thread stores meanwhile."""
+
+    class Written(TorchDispatchMode):
+        rows = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten.index_put_.default:
+                Written.rows += len(args[1][0])
+            return func(*args, **(kwargs or {}))
+
+    cache, new = torch.zeros(3, 4, 2, 8), torch.ones(2, 2, 8)
+    with Written():
+        write_rows(cache, torch.tensor(slots), new)
+    assert Written.rows == sum(slot >= 0 for slot in slots)
+    assert cache.sum() == 16 * Written.rows
 
 
 def test_dequantize_saturates_in_fp8_and_keeps_nan():
@@ -157,6 +178,20 @@ def test_dequantize_rejects_bad_values(change, message):
 
 Q = values(9, 2, 4, 64)
 VALID_ATTENTION = {"q": Q, **VALID}
+
+
+def test_attention_over_no_page_is_contiguous_for_any_q():
+    arguments = {**VALID, "block_tables": TABLES[:, :0], "seq_lens": torch.zeros(2, dtype=torch.int32)}
+    out = fp4_kv_attention_decode(Q.transpose(0, 1).contiguous().transpose(0, 1), **arguments)
+    assert_same_bytes(out, torch.zeros(2, 4, 64, dtype=Q.dtype))
+
+
+@pytest.mark.parametrize("index", [torch.int32, torch.int64])
+@pytest.mark.parametrize("window", [1 << 31, 1 << 40, (1 << 63) - 1])
+def test_a_window_that_int32_does_not_hold_is_of_all_tokens(index, window):
+    arguments = {**VALID_ATTENTION, "seq_lens": VALID["seq_lens"].to(index)}
+    wanted = fp4_kv_attention_decode(**arguments)
+    assert_same_bytes(fp4_kv_attention_decode(**arguments, window_left=window), wanted)
 
 
 @pytest.mark.parametrize(

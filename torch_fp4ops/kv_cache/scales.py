@@ -48,6 +48,8 @@ class KVScales:
     def __post_init__(self) -> None:
         require_convention("KVScales", self.convention)
         for name, t in (("k", self.k), ("v", self.v)):
+            if not isinstance(t, Tensor):
+                raise ValueError(f"KVScales: {name} is {t!r}; allowed: a float32 tensor of shape [layers]")
             if t.dtype != torch.float32 or t.dim() != 1 or not len(t):
                 given = f"{t.dtype} of shape {tuple(t.shape)}"
                 raise ValueError(f"KVScales: {name} is {given}; allowed: float32 of shape [layers], one layer or more")
@@ -61,6 +63,9 @@ class KVScales:
     def from_amax(cls, k_amax: Tensor, v_amax: Tensor, convention: str = "amax/2688") -> KVScales:
         """Scales of the largest magnitudes ``[layers]`` of keys and values."""
         require_convention("KVScales.from_amax", convention)
+        for name, t in (("k_amax", k_amax), ("v_amax", v_amax)):
+            if not isinstance(t, Tensor):
+                raise ValueError(f"KVScales.from_amax: {name} is {t!r}; allowed: a tensor of shape [layers]")
         divisor = SCALE_CONVENTIONS[convention]
         return cls(k_amax.float() / divisor, v_amax.float() / divisor, convention)
 
@@ -71,26 +76,35 @@ class KVScales:
         ModelOpt has them on ``k_proj`` and ``v_proj``, in the default convention. Other names are passed over.
 
         Raises:
-            ValueError: no such tensor, or layers without one.
+            ValueError: no such tensor, layers without one or with two (of a vision tower or an MTP head: leave those
+                out of ``tensors``), or one of several elements.
         """
-        found: dict[str, dict[int, Tensor]] = {"k": {}, "v": {}}
+        where = "KVScales.from_checkpoint: tensors"
+        names: dict[tuple[str, int], str] = {}
         for name, t in tensors.items():
             match = _CHECKPOINT_NAME.search(name)
             if match:
-                found[match[2]][int(match[1])] = t.float().reshape(1)
-        layers = range(1 + max((layer for one in found.values() for layer in one), default=-1))
-        missing = [f"{i}.{kv}_scale" for i in layers for kv in "kv" if i not in found[kv]]
+                first = names.setdefault((match[2], int(match[1])), name)
+                if first != name:
+                    both = f"with both {first!r} and {name!r}"
+                    raise ValueError(f"{where} is {both}; allowed: one {match[2]}_scale of layer {match[1]}")
+                if t.numel() != 1:
+                    raise ValueError(f"{where}[{name!r}] is of shape {tuple(t.shape)}; allowed: one element")
+        layers = range(1 + max((layer for _, layer in names), default=-1))
+        missing = [f"{i}.{kv}_scale" for i in layers for kv in "kv" if (kv, i) not in names]
         if missing or not layers:
             given = f"without {', '.join(missing)}" if missing else "without any k_scale or v_scale"
-            raise ValueError(f"KVScales.from_checkpoint: tensors is {given}; allowed: one of each layer from 0 on")
-        k, v = (torch.cat([found[kv][i] for i in layers]) for kv in "kv")
+            raise ValueError(f"{where} is {given}; allowed: one of each layer from 0 on")
+        k, v = (torch.cat([tensors[names[kv, i]].float().reshape(1) for i in layers]) for kv in "kv")
         return cls(k, v, convention)
 
     def __len__(self) -> int:
         return len(self.k)
 
     def layer(self, layer_id: int) -> KVScales:
-        """One layer's, as scales of a model with one layer."""
+        """One layer's, as scales of a model with one layer. ValueError if there is no such layer."""
+        if not 0 <= layer_id < len(self):
+            raise ValueError(f"KVScales.layer: layer_id is {layer_id}; allowed: 0 to {len(self) - 1}")
         one = slice(layer_id, layer_id + 1)
         return KVScales(self.k[one], self.v[one], self.convention)
 

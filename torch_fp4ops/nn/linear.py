@@ -6,6 +6,7 @@ backward, and quantising activations that require grad raises at once.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from ._block_scaled import BlockScaledLinear, allowed_values
 __all__ = ["ACTIVATIONS", "FP4Linear", "MXFP8Linear"]
 
 ACTIVATIONS = ("same", "bf16")
+_GLOBAL_SCALES = ("weight_global_scale", "input_global_scale")
 _FP4_FORMATS = {f.name: f for f in (NVFP4, MXFP4)}
 
 _ENCODED_MAX = 448.0 * 6.0
@@ -35,6 +37,11 @@ def encode_scale(x: Tensor) -> Tensor:
     amax = nn.functional.pad(x.abs().amax(-1).float(), (0, 1)).amax(0, keepdim=True)
     amax = amax.nan_to_num(nan=_ENCODED_MAX, posinf=torch.finfo(torch.float32).max)
     return _ENCODED_MAX / amax.clamp(min=_SMALLEST_AMAX)
+
+
+def _version(t: Tensor) -> int:
+    """Grows with every write in place; inference tensors have none."""
+    return 0 if t.is_inference() else t._version
 
 
 def _out_dtype(x: Tensor) -> torch.dtype | None:
@@ -65,8 +72,9 @@ class FP4Linear(BlockScaledLinear):
         weight_scale: uint8 block scales in the 128x4 layout, ``[round_up(N, 128), round_up(K/block size, 4)]``.
         weight_global_scale: float32 ``[1]``, the encode scale ``2688 / amax(weight)``; None for MXFP4.
         alpha: float32 ``[1]``, what the product is multiplied by: the reciprocal of the global scales; not in the state
-            dict. Assigning to a global scale and loading a state dict renew it, writing into one in place does not.
-            None where there is no global scale, or each call has one of its own.
+            dict. Assigning to a global scale and loading a state dict renew it; where one was written in place or
+            replaced for a call (``torch.func.functional_call``) the call works it out. What is compiled or exported
+            keeps it as it was. None where there is no global scale, or each call has one of its own.
         input_global_scale: float32 ``[1]``, the encode scale of every input, say ``2688 / amax`` over calibration
             data; NVFP4 with activations ``"same"`` only. None: ``2688 / amax`` of each call's whole input, so that
             the result for a row depends a little on the rows beside it; an infinite value in one row, or one some
@@ -83,6 +91,8 @@ class FP4Linear(BlockScaledLinear):
     weight_global_scale: Tensor | None
     input_global_scale: Tensor | None
     alpha: Tensor | None
+    _alpha_of: list[tuple[Tensor, int]]
+    """The global scales that alpha is of, and their versions."""
 
     def __init__(
         self,
@@ -111,17 +121,45 @@ class FP4Linear(BlockScaledLinear):
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
-        if name in ("weight_global_scale", "input_global_scale") and "alpha" in self._buffers:
+        if name in _GLOBAL_SCALES and "alpha" in self._buffers:
             self._renew_alpha()
 
     def _renew_alpha(self) -> None:
         """Work out what a product's sums are multiplied by, here and not in each call: a kernel less."""
+        if len({t.device for t in self._global_scales()}) > 1:
+            return  # one of them has been moved or loaded, and the other one comes next
+        self.alpha = self._worked_out_alpha()
+        self._remember_scales()
+
+    def _global_scales(self) -> list[Tensor]:
+        named = self._buffers  # as attributes they cost each call a microsecond more
+        return [t for n in _GLOBAL_SCALES if (t := named.get(n)) is not None]
+
+    def _remember_scales(self) -> None:
+        self._alpha_of = [(t, _version(t)) for t in self._global_scales()]
+
+    def _alpha_is_current(self) -> bool:
+        scales, before = self._global_scales(), self._alpha_of
+        return len(scales) == len(before) and all(
+            t is u and _version(t) == v for t, (u, v) in zip(scales, before, strict=True)
+        )
+
+    def _worked_out_alpha(self) -> Tensor | None:
         scale, input_scale = self.weight_global_scale, self.input_global_scale
         if self.activations == "same" and scale is not None:
-            if input_scale is not None and input_scale.device != scale.device:
-                return  # one of them has been moved or loaded, and the other one comes next
             scale = None if input_scale is None else input_scale * scale
-        self.alpha = None if scale is None else 1.0 / scale
+        return None if scale is None else 1.0 / scale
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        current = self._alpha_is_current()
+        result = super()._apply(fn, recurse)
+        if current:  # alpha has moved with them, and graphs that read it where it was go on
+            self._remember_scales()
+        return result
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._renew_alpha()
 
     @classmethod
     def from_linear(
@@ -186,6 +224,8 @@ class FP4Linear(BlockScaledLinear):
 
     def _product(self, x: Tensor) -> Tensor:
         block_size, alpha = self._block_format.block_size, self.alpha
+        if not torch.compiler.is_compiling() and not self._alpha_is_current():
+            alpha = self._worked_out_alpha()
         if self.activations == "bf16":
             return torch.ops.fp4.mm_bf16_fp4(
                 a=x if x.dtype == torch.float16 else x.to(torch.bfloat16),

@@ -87,7 +87,7 @@ def nvfp4_kv_quantize_store(
         append_key, append_value: ``[rows, heads, D]``, D a multiple of the block; bfloat16, float16 or float32, any
             strides. Rows beyond ``len(slot_mapping)`` are padding and not read.
         slot_mapping: int32 or int64 ``[n]``, n <= rows: row i goes to page ``slot // page_size``, entry ``slot %
-            page_size``. A negative slot is skipped. Two rows with one slot: either may be kept.
+            page_size``. A negative slot is skipped. What two rows of one slot leave there is not defined.
             A slot past the end raises on the CPU and is skipped on a GPU, where reading it would synchronise.
         k_cache, v_cache: uint8 ``[pages, page_size, heads, D/2]`` (NHD) or ``[pages, heads, page_size, D/2]``
             (HND); written. Any strides but a last one of 1.
@@ -122,15 +122,20 @@ def nvfp4_kv_quantize_store(
 
 
 def write_rows(cache: Tensor, slots: Tensor, rows: Tensor) -> None:
-    """``cache[page, entry] = row`` for every slot within the cache, without a mask that would synchronise.
+    """``cache[page, entry] = row`` for every slot within the cache.
 
-    A row to be skipped repeats the first one that isn't; if all are, the cache's own content is written back.
+    Where looking at slots would synchronise, or there is nothing to see yet, a row to be skipped repeats the first one
+    that isn't; if all are, the cache's own content is written back.
     """
     if not cache.numel():
         return
     page_size = cache.shape[1]
     slots = slots.long()
     valid = (slots >= 0) & (slots < cache.shape[0] * page_size)
+    if type(slots) is Tensor and slots.device.type == "cpu" and not torch.compiler.is_compiling():
+        slots = slots[valid]
+        cache[slots // page_size, slots % page_size] = rows[valid]
+        return
     first = valid.to(torch.uint8).argmax()
     source = torch.where(valid, torch.arange(len(slots), device=slots.device), first)
     target = torch.where(valid.any(), slots[source], 0)

@@ -211,9 +211,9 @@ def tiling(n: int, cols: int) -> tuple[int, int, int]:
 
 
 def aot_cases() -> Iterator[AotCase]:
-    """One for each size of store, a decoding step's tile and a prefill's, D = 128 and a D that is no power of two."""
+    """One for each size of store, a decoding step's tile and a prefill's, D = 128 and a D that is no power of two, and
+    slots of either dtype."""
     pointers = {f"{kv}_{name}_ptr": "*u8" for kv in "kv" for name in ("cache", "sf")}
-    pointers |= {f"{kv}_scale_ptr": "*fp32" for kv in "kv"}
     sizes = dict.fromkeys((*_SIZES, *(f"{kv}_{s}" for kv in "kv" for s in _STRIDES)), "i32")
     for fmt, dtype, store, dim, n in (
         (NVFP4, "bf16", 8, 128, 1),
@@ -223,8 +223,12 @@ def aot_cases() -> Iterator[AotCase]:
         (MXFP4, "bf16", 8, 128, 1 << 16),
     ):
         T, C, iters = tiling(n, dim // 2)
-        x = {"key_ptr": f"*{dtype}", "value_ptr": f"*{dtype}", "slot_ptr": "*i64"}
+        x = {"key_ptr": f"*{dtype}", "value_ptr": f"*{dtype}", "slot_ptr": "*i32" if dtype == "fp16" else "*i64"}
+        scales = ("k_scale_ptr", "v_scale_ptr")
+        if fmt.has_global_scale:
+            x |= dict.fromkeys(scales, "*fp32")
         constants = {"FORMAT": fmt.name, "PAGE_SIZE": 16, "BLOCKS": dim // fmt.block_size}
         constants |= {"STORE": store, "T": T, "C": C, "ITERS": iters}
+        constants |= {scale: None for scale in scales if scale not in x}
         name = f"kv_store-{fmt.name}-{dtype}-D{dim}-store{store}-{T}x{C}x{iters}"
         yield AotCase(name, quantize_store_kernel, {**x, **pointers, **sizes}, constants, T * C)
