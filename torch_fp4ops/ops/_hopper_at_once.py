@@ -261,9 +261,6 @@ def at_once_kernel(
     if X_LAYOUT > 0 and not C.BY_WARP:
         held = _load_all_rows(x, x_scales, x_units, x_cols, M, K_STEPS, C)
     _keep_in_order()
-    # With more rows of x a strip takes longer, and waiting for it by itself is worth less.
-    TOGETHER: gl.constexpr = 2 - S % 2
-    GROUP: gl.constexpr = 1 if BM == 8 else TOGETHER
     scales_of = ()
     for i in gl.static_range(S):
         scales_of = scales_of + (_copy_scales(scales, first, i, C),)  # type: ignore[assignment]  # noqa: RUF005
@@ -279,8 +276,7 @@ def at_once_kernel(
             rows = rows + (_copy_row_codes(x, x_units, M, K_STEPS, _turn(t, C), C),)  # type: ignore[assignment]  # noqa: RUF005
         for i in gl.static_range(S):
             codes_of = codes_of + (_copy_codes(codes, first, i, _turn(t, C), C),)  # type: ignore[assignment]  # noqa: RUF005
-            if (i + 1) % GROUP == 0:
-                async_copy.commit_group()
+            async_copy.commit_group()
     if X_LAYOUT > 0 and not C.BY_WARP:
         place = _decode_all_rows(held, M, C).permute((0, 2, 1))
         for t in gl.static_range(TURNS):
@@ -291,8 +287,7 @@ def at_once_kernel(
     for t in gl.static_range(TURNS):
         sums = ()
         for i in gl.static_range(S):
-            if i % GROUP == 0:
-                _wait_for_own((S * (TURNS - t) - i) // GROUP - 1)
+            _wait_for_own(S * (TURNS - t) - i - 1)
             if i == 0:
                 if C.BY_WARP:
                     right = _decoded_rows(rows[t], row_scales, t, RIGHT, C)
@@ -302,6 +297,7 @@ def at_once_kernel(
             sums = sums + (mma_v2(w, right, accs[i]),)  # noqa: RUF005
         accs = sums
     # Two strips at a time, if there are: that is one barrier for both.
+    TOGETHER: gl.constexpr = 2 - S % 2
     row = first * 16 + gl.arange(0, 16 * TOGETHER, gl.SliceLayout(1, gl.SliceLayout(0, SUM)))
     to = out + m[None, :] * N + row[:, None]
     parts = ()
