@@ -50,6 +50,7 @@ SPILLED_LATER = {
     **dict.fromkeys((("moe-mxfp8-mxfp4-128x4-sm80-128x128x64-ragged", f"sm_{cc}") for cc in (80, 86, 89)), 60),
     **dict.fromkeys((("moe-mxfp8-mxfp4-128x4-sm120-128x128x64-ragged", f"sm_{cc}") for cc in (120, 121)), 40),
     ("kv_attend-nvfp4-bf16-D256-group16-options-16", "sm_80"): 8,
+    ("kv_attend-plain-bf16-D128-group4-16", "sm_80"): 4,
     ("kv_combine-D256-64", "gfx942"): 260,
     ("kv_combine-D256-64", "gfx950"): 260,
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -331,6 +333,22 @@ def test_left_alone(function):
     x = values(0, 4, 128, dtype=torch.float32).abs()
     _, record, _ = compile_and_run(function, x)
     assert record.fp4 == ["fp4_quantize"]
+
+
+def test_what_the_named_backend_does_not_take_fused_is_left_alone(monkeypatch):
+    quantizer, fused = OPS["fp4_quantize"], OPS["rms_norm_fp4_quantize"]
+    taken = {name: dataclasses.replace(op._backends["reference"], name="mine") for name, op in OPS.items()}
+    refused = dataclasses.replace(taken[fused.name], unsupported=lambda call: f"{call.input.shape[-1]} are too many")
+    monkeypatch.setitem(quantizer._backends, "mine", taken[quantizer.name])
+
+    def function(x):
+        return FP4.fp4_quantize(F.rms_norm(x, (64,), None, 1e-6), SCALE, backend="mine")
+
+    for backend, ops in ((refused, ["fp4_quantize"]), (taken[fused.name], ["rms_norm_fp4_quantize"])):
+        monkeypatch.setitem(fused._backends, "mine", backend)
+        torch._dynamo.reset()
+        _, record, _ = compile_and_run(function, values(0, 4, 64))
+        assert record.fp4 == ops
 
 
 # Shapes, names, caches

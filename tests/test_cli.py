@@ -102,9 +102,23 @@ def test_check_rejects_an_unknown_op(capsys):
     assert "there is no op mm_fp5; the ops are cutlass_fused_moe" in capsys.readouterr().err
 
 
-def test_check_rejects_a_backend_that_no_op_has():
-    with pytest.raises(SystemExit, match="--backend is 'tritn'; allowed: .*reference"):
-        cli.main(["check", "mm_fp4", "--device", "cpu", "--backend", "tritn"])
+def test_check_rejects_a_backend_that_no_op_has(capsys):
+    assert cli.main(["check", "mm_fp4", "--device", "cpu", "--backend", "tritn"]) == 2
+    assert "--backend is 'tritn'; allowed: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["check", "--json", "/no/such/folder/x.json"], "no folder for the file '/no/such/folder/x.json'"),
+        (["explain", "mm_fp4", "--", "-1", "16", "16"], "-1; allowed: 0 or more"),
+        (["demo", "--device", "tpu"], "no device 'tpu'; allowed: cpu"),
+    ],
+)
+def test_arguments_that_never_start(arguments, message, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(arguments)
+    assert exit_.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_bench_says_where_it_lives(capsys, monkeypatch, tmp_path):

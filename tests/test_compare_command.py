@@ -56,7 +56,7 @@ def test_layers_that_no_block_divides_stay_as_they_are(capsys, tmp_path):
     assert re.search(r"^embeddings\.word_embeddings +Embedding +1\.000000 ", out, re.M)
 
 
-@pytest.mark.parametrize("name", ["t5", "qwen3_moe", "deepseek_v3", "phi3", "falcon", "gemma3"])
+@pytest.mark.parametrize("name", ["t5", "qwen3_moe", "bert", "deepseek_v3", "phi3", "falcon", "gemma3"])
 def test_architectures_can_be_reduced(name):
     from torch_fp4ops.comparison._models import from_config
 
@@ -65,6 +65,19 @@ def test_architectures_can_be_reduced(name):
     assert sum(p.numel() for p in model.parameters()) < 2e7
     assert all((p == q).all() for p, q in zip(model.parameters(), again.parameters(), strict=True))
     assert all((same_inputs[k] == v).all() for k, v in inputs.items())
+
+
+def test_layers_whose_weights_their_parents_read_stay(capsys):
+    assert compare("--model", "t5") == 0
+    assert "DenseReluDense.wo: transformers keeps it in fp32" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("ending", ["nope", "json"])
+def test_plots_of_a_kind_that_there_is_none_of(ending, capsys, tmp_path):
+    pytest.importorskip("matplotlib", reason="draws")
+    with pytest.raises(SystemExit) as exit_:
+        compare("--plot", str(tmp_path / f"plot.{ending}"))
+    assert exit_.value.code == 2 and "allowed: a file that ends in ." in capsys.readouterr().err
 
 
 def test_the_demo_s_encoder(capsys):
@@ -87,6 +100,7 @@ def test_the_demo_s_encoder(capsys):
         (["--model", "bert", "--backends", "reference,tritno"], "backends names 'tritno'; allowed: 'auto', "),
         (["--model", "bert", "--backends", "reference,auto+mm_fp4=b12x"], "FlashInfer's kernels run on NVIDIA GPUs"),
         (["--model", "bert", "--repeats", "0"], "repeats is 0; allowed: 1 or more"),
+        (["--model", "bert", "--tokens", "600"], "--model bert: it can't run on 1 x 600 tokens"),
     ],
 )
 def test_wrong_arguments(arguments, message, capsys):
@@ -103,6 +117,8 @@ def test_wrong_arguments(arguments, message, capsys):
         (["--backends", "reference,mm_fp4="], "--backends: 'mm_fp4=' is not of the form"),
         (["--format", "fp4"], "invalid choice: 'fp4'"),
         (["--device", "tpu"], "no device 'tpu'; allowed: cpu"),
+        (["--json", "/no/such/folder/x.json"], "no folder for the file"),
+        (["--plot", "/tmp"], "or a folder itself"),
     ],
 )
 def test_arguments_that_never_start(arguments, message, capsys):

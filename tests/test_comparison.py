@@ -251,6 +251,21 @@ def test_the_model_is_left_as_it_was():
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
+def test_a_model_that_writes_into_its_inputs_gets_the_same_ones_each_time():
+    class Writes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = quantized()
+
+        def forward(self, x):
+            x += 1
+            return self.layer(x)
+
+    x = X.clone()
+    assert compare(Writes(), x, ("reference", "reference"), **QUICK).output() == EXACT
+    assert torch.equal(x, X)
+
+
 def test_distances():
     ones, inf, nan = torch.ones(4), math.inf, math.nan
     assert distance(ones, ones.double()) == EXACT
@@ -264,6 +279,9 @@ def test_distances():
     for bad in (torch.tensor([nan, 1.0]), torch.tensor([inf, 1.0])):
         for pair in ((bad, masked), (masked, bad)):
             assert math.isnan(distance(*pair).cosine) and math.isnan(distance(*pair).max_abs)
+    turned = torch.tensor([1 + 1j, 2.0])
+    assert distance(turned, turned.clone()) == EXACT
+    assert distance(turned, turned.conj()).max_abs == 2.0
     with pytest.raises(ValueError, match=r"given is of shapes \[\[4\]\]; allowed: those of wanted, \[\[3\]\]"):
         distance(ones, ones[:3])
 
@@ -273,6 +291,12 @@ def test_nan_is_a_failure_whatever_is_asked_for():
     x[3] = math.nan
     failures = compare(quantized(), x, ("reference", "auto"), **QUICK).failures()
     assert failures[0] == "auto, 0: NaN, or an infinity that reference has not" and len(failures) == 7
+
+
+@pytest.mark.parametrize("wrong", [math.nan, 1.5])
+def test_a_cosine_that_none_can_have(wrong):
+    with pytest.raises(ValueError, match=f"failures: min_cosine is {wrong}; allowed: -1 to 1"):
+        compare(quantized(), X, ("reference", "auto"), **QUICK).failures(wrong)
 
 
 def test_json_and_plot(tmp_path, monkeypatch, broken):

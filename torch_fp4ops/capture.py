@@ -89,19 +89,29 @@ class Decisions:
         return "\n".join(lines) or "no op of torch_fp4ops was called"
 
 
-recorder: ContextVar[Decisions | None] = ContextVar("torch_fp4ops_recorder", default=None)
+recorders: ContextVar[tuple[Decisions, ...]] = ContextVar("torch_fp4ops_recorders", default=())
 
 
 @contextlib.contextmanager
 def record_decisions(into: Decisions | None = None) -> Iterator[Decisions]:
-    """Record which backend each call inside takes, in this thread.
+    """Record which backend each call inside takes, in this thread; an outer recording has them, too.
 
     Selection happens when an op runs, and a CUDA graph keeps what it was when the graph was captured: around
     ``torch.cuda.graph`` this is what the graph runs for good. ``torch_fp4ops.explain`` prints it.
     """
     decisions = Decisions() if into is None else into
-    token = recorder.set(decisions)
+    token = recorders.set((*(each for each in recorders.get() if each is not decisions), decisions))
     try:
         yield decisions
     finally:
-        recorder.reset(token)
+        recorders.reset(token)
+
+
+@contextlib.contextmanager
+def unrecorded() -> Iterator[None]:
+    """Calls inside are kept from what records those outside."""
+    token = recorders.set(())
+    try:
+        yield
+    finally:
+        recorders.reset(token)

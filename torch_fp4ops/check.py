@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -39,6 +40,13 @@ def device(name: str) -> str:
     raise argparse.ArgumentTypeError(f"{why}; allowed: {', '.join(devices())}")
 
 
+def output_file(path: str) -> str:
+    """The type of the commands' options for files that they write: one in a folder that is there."""
+    if Path(path).is_dir() or not Path(path).absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"no folder for the file {path!r}, or a folder itself")
+    return path
+
+
 def check_op(op: Op, device: str, backends: Sequence[str]) -> Iterator[Result]:
     for sample in samples(op, device):
         call = op.check(*sample.args, **sample.kwargs)
@@ -61,13 +69,14 @@ def check_op(op: Op, device: str, backends: Sequence[str]) -> Iterator[Result]:
 def run(
     op_names: Sequence[str], device_names: Sequence[str], backend: str | None = None, json_path: str | None = None
 ) -> int:
-    """Check, print a table and what is wrong; returns the exit status, 1 if anything is wrong.
+    """Check, print a table and what is wrong; returns the exit status, 1 if anything is wrong, 2 for a wrong argument.
 
     ``backend`` restricts the check to one; None is every backend that each op has.
     """
     known = sorted({b for name in op_names for b in OPS[name].backend_names()})
     if backend is not None and backend not in known:
-        raise SystemExit(f"check: --backend is {backend!r}; allowed: {', '.join(known)}")
+        print(f"check: --backend is {backend!r}; allowed: {', '.join(known)}", file=sys.stderr)
+        return 2
     results = []
     print(f"{'op':26} {'device':7} {'backend':12} {'right':>6} {'wrong':>6} {'refused':>8}")
     for name in op_names:

@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     explaining.add_argument("op", nargs="?", choices=sorted(OPS), metavar="op", help="(default: every op)")
-    explaining.add_argument("shape", nargs="*", type=int, help="sizes in the order given below (default: typical ones)")
+    explaining.add_argument("shape", nargs="*", type=_size, help="sizes, in the order given below (default: typical)")
     explaining.add_argument("--backend", default="auto", help="the backend= of the call (default: auto)")
     last = check.devices()[-1]
     explaining.add_argument("--device", type=check.device, default=last, help=f"cpu or cuda (default: {last})")
@@ -70,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     checking.add_argument("ops", nargs="*", help="ops to check (default: all)")
     checking.add_argument("--device", type=check.device, help="cpu or cuda (default: all that this machine has)")
     checking.add_argument("--backend", help="only this one (default: all)")
-    checking.add_argument("--json", metavar="FILE", help="write every result to a file")
+    checking.add_argument("--json", type=check.output_file, metavar="FILE", help="write every result to a file")
     commands.add_parser("compare", help="how far backends, or formats, drift apart in a model (--help for its options)")
     commands.add_parser("demo", help="quantise a real model and compare its embeddings (--help for its options)")
     commands.add_parser("bench", help="benchmarks, from a checkout of the repository (--help for its options)")
@@ -107,6 +107,13 @@ def _environment_text() -> str:
     from .selection import _environment
 
     return ", ".join(f"{op}={backend}" for op, backend in _environment.items()) or "not set"
+
+
+def _size(text: str) -> int:
+    size = int(text)
+    if size < 0:
+        raise argparse.ArgumentTypeError(f"{size}; allowed: 0 or more")
+    return size
 
 
 def _explain(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:

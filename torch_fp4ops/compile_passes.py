@@ -34,7 +34,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from . import registry  # noqa: F401  (torch.ops.fp4 exists)
+from . import registry
 
 __all__ = ["FUSIONS", "FuseIntoFp4Quantize", "enabled", "options"]
 
@@ -118,6 +118,8 @@ def _fuse(graph: Graph, quantize: Node, name: str) -> bool:
     with graph.inserting_before(quantize):
         x = found.x
         try:
+            if not _taken(found, arguments):
+                return False
             if given is not values:
                 created.append(_call(graph, given.target, (x, [*given.args[1][:-1], _columns(x)]), {}))
                 x = created[-1]
@@ -130,6 +132,18 @@ def _fuse(graph: Graph, quantize: Node, name: str) -> bool:
     graph.erase_node(quantize)
     _erase_unused(graph, given)
     return True
+
+
+def _taken(found: _Found, arguments: dict[str, Any]) -> bool:
+    """Whether the backend that the quantiser names, or one that "auto" prefers, takes the fused call.
+
+    It may not: a row of a norm has to fit into a program.
+    """
+    op = registry.OPS[found.op._schema.name.partition("::")[2]]
+    args, kwargs = torch.fx.node.map_arg(((found.x,), {**found.more, **arguments}), lambda n: n.meta["val"])
+    call = op._bind(args, kwargs)
+    names = [call.backend] if call.backend != "auto" else [row.backend for row in op.preferences_on(call.device)]
+    return not names or any(op.find_backend(name, "backend=").unsupported(call) is None for name in names)
 
 
 def _arguments(node: Any) -> dict[str, Any]:

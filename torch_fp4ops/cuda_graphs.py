@@ -145,7 +145,7 @@ def piecewise(
         namespace, separator, rest = name.partition("::")
         packet, _, overload = rest.partition(".")
         found = getattr(getattr(torch.ops, namespace), packet, None) if separator and packet else None
-        if found is None or (overload and overload not in found.overloads()):
+        if not isinstance(found, torch._ops.OpOverloadPacket) or (overload and overload not in found.overloads()):
             raise ValueError(f"piecewise: split has {name!r}; allowed: names of registered ops, 'namespace::op'")
     return Piecewise(function, _checked_sizes("piecewise", sizes), names, dim, replay)
 
@@ -157,11 +157,13 @@ def pad_to(sizes: Iterable[int], dim: int = 0) -> Callable[..., Tensor]:
     all listed is returned as it is. Take the first ``x.shape[dim]`` rows of the result: torch itself never pads.
 
     Raises:
-        ValueError: sizes that are not positive ints.
+        ValueError: sizes that are not positive ints; from ``pad``, a tensor without that dimension.
     """
     listed = _checked_sizes("pad_to", sizes)
 
     def pad(x: Tensor, value: float = 0) -> Tensor:
+        if not -x.dim() <= dim < x.dim():
+            raise ValueError(f"pad_to: x is of shape {tuple(x.shape)}; allowed: one with a dimension {dim}")
         n = x.shape[dim]
         missing = next((size - n for size in listed if size >= n), 0)
         if not missing:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from . import check
 from .nn import FP4Linear, MXFP8Linear, quantize_
 from .registry import OPS
 from .selection import choose
@@ -287,7 +288,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m torch_fp4ops demo", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--quick", action="store_true", help="fewer variants and batch sizes")
     parser.add_argument("--compile-backend", default="inductor", help="of torch.compile; aot_eager needs no compiler")
-    parser.add_argument("--device", help="default: cuda if there is a GPU, else cpu")
+    parser.add_argument("--device", type=check.device, help="default: cuda if there is a GPU, else cpu")
     options = parser.parse_args(argv)
     options.variants = [v for v in VARIANTS if not options.quick or v.name in QUICK]
     options.batches = QUICK_BATCHES if options.quick else BATCHES

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from . import replay
 from .backends import Backend, WithBackends
-from .capture import FirstUseInCapture, capturing, recorder
+from .capture import FirstUseInCapture, capturing, recorders
 from .codecs import as_bytes, is_native
 from .contracts import Call, Out
 from .no_backward import INFERENCE_ONLY, NoBackward, any_requires_grad, refuse_tangents
@@ -168,7 +168,7 @@ class Op(WithBackends):
         if torch.is_autocast_enabled(kind_of_device):  # else it would change what a backend asks torch to multiply
             with torch.autocast(kind_of_device, enabled=False):
                 return self._run(*args, **kwargs)
-        if (device < 0 and not replay.ON_CPU) or recorder.get() is not None:
+        if (device < 0 and not replay.ON_CPU) or recorders.get():
             return self._run_checked(args, kwargs)
         kind, given = kind_of(args, kwargs)
         if overridden():
@@ -208,8 +208,7 @@ class Op(WithBackends):
         return call, decision
 
     def _run_decided(self, call: Call, decision: Decision, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        recording = recorder.get()
-        if recording is not None:
+        for recording in recorders.get():
             recording.add(call, decision)
         backend = self._backends[decision.backend]
         try:

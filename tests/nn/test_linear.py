@@ -314,6 +314,35 @@ def test_global_scales_replaced_or_written_for_a_call(activations):
     assert not torch.equal(before, wanted)
 
 
+@pytest.mark.parametrize("activations", ["bf16", "same"])
+def test_global_scales_written_in_inference_mode(activations):
+    """What is made there has no version counter of torch's."""
+    source, x = nn.Linear(64, 32, dtype=torch.bfloat16), torch.randn(3, 64, dtype=torch.bfloat16)
+    with torch.inference_mode():
+        layer = FP4Linear.from_linear(source, activations=activations)
+        new = FP4Linear(64, 32, activations=activations, dtype=torch.bfloat16)
+        for given in (layer, new):
+            if activations == "same":
+                given.input_global_scale = torch.ones(1)
+        if activations == "same":
+            layer.input_global_scale.copy_(encode_scale(x))
+        for name, t in new.state_dict().items():
+            t.copy_(layer.state_dict()[name])
+        assert torch.equal(new(x), layer(x))
+        assert not new.weight_global_scale.is_inference()
+    exact = source(x)
+    assert (layer(x) - exact).norm() < 0.3 * exact.norm()
+
+
+def test_a_state_dict_that_is_refused_brings_no_input_scale():
+    layer = FP4Linear(K, N)
+    state = FP4Linear.from_linear(nn.Linear(K, N), input_global_scale=torch.tensor([7.0])).state_dict()
+    state["weight"] = state["weight"].float()
+    with pytest.raises(RuntimeError, match="weight is torch.float32; allowed: torch.uint8"):
+        layer.load_state_dict(state)
+    assert layer.input_global_scale is None
+
+
 def test_alpha_stays_where_graphs_read_it():
     layer = FP4Linear.from_linear(nn.Linear(64, 32), activations="bf16")
     alpha = layer.alpha

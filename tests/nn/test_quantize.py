@@ -137,6 +137,24 @@ def test_the_model_itself_cannot_be_replaced():
         quantize_(nn.Linear(64, 64), "nvfp4")
 
 
+def test_what_is_compiled_by_itself_is_refused(fresh_dynamo):
+    model = nn.Sequential(torch.compile(nn.Linear(64, 32), backend="eager"), nn.ReLU())
+    with pytest.raises(ValueError, match="'0._orig_mod': it is compiled by itself, .*; quantise it first"):
+        quantize_(model, "nvfp4")
+    whole = torch.compile(nn.Sequential(nn.Linear(64, 32), nn.ReLU()), backend="eager")
+    x = torch.randn(3, 64)
+    before = whole(x)
+    quantize_(whole, "nvfp4")
+    assert not torch.equal(whole(x), before)
+
+
+def test_a_weight_of_another_shape_than_the_layer_says_is_refused():
+    linear = nn.Linear(64, 32, bias=False)
+    linear.weight = nn.Parameter(torch.randn(16, 64))
+    with pytest.raises(ValueError, match=r"'0': weight is of shape \(16, 64\); allowed: \(32, 64\)"):
+        quantize_(nn.Sequential(linear), "nvfp4")
+
+
 def test_every_offender_is_named_and_nothing_is_changed():
     bad = {
         "narrow": nn.Linear(24, 8),

@@ -177,6 +177,48 @@ def check_attention(
     assert_close(out.cpu(), q, *arguments, **flags)
 
 
+def check_attention_leaves_out_lengths_and_tables_that_are_none(device: str) -> None:
+    """Negative lengths, of which 32 bits would be positive ones; a table of 2^31 tokens, of which 5 are there."""
+    from torch_fp4ops.ops.fp4_kv_attention_decode.triton import attend
+
+    def run(tables: Tensor, lengths: Tensor, caches: list[Tensor]) -> Tensor:
+        *given, tables, lengths, one = to(
+            device, [values(0, len(lengths), 2, 64), *caches, tables, lengths, torch.ones(1)]
+        )
+        scales = (one, one)
+        arguments = (
+            given[0],
+            tuple(given[1:3]),
+            tuple(given[3:]),
+            tables,
+            lengths,
+            scales,
+            "NHD",
+            0.1,
+            -1,
+            None,
+            "nvfp4",
+        )
+        return attend(*arguments).cpu()
+
+    few = [torch.full((1, 4, 1, last), 0x33, dtype=torch.uint8) for last in (32, 32, 4, 4)]
+    lengths = torch.tensor([3, 0, -5, 3 - (1 << 32), -(1 << 31)])
+    out = run(torch.zeros(5, 1, dtype=torch.int32), lengths, few)
+    assert out[0].all() and not out[1:].any()
+    page = 1 << 20
+    many = [torch.full((1, page, 1, last), 0x33, dtype=torch.uint8) for last in (32, 32, 4, 4)]
+    out = run(torch.zeros(1, 1 << 11, dtype=torch.int32), torch.tensor([5]), many)
+    assert torch.equal(out, run(torch.zeros(1, 1, dtype=torch.int32), torch.tensor([5]), many)) and out.all()
+
+
+def check_attention_of_more_query_heads_than_a_program_holds_is_refused(device: str) -> None:
+    *caches, tables, lengths, k_scale, v_scale, layout = paged(3, [5], 1, 64)
+    for heads, why in ((128, None), (129, "q has 129 heads for each of the cache's; a program holds up to 128")):
+        q = values(0, 1, heads, 64)
+        call = ATTEND.check(*to(device, (q, *caches, tables, lengths, k_scale, v_scale, layout)))
+        assert ATTEND.why_not("triton", call) == why
+
+
 def check_attention_of_every_code_and_scale(device: str) -> None:
     """A sequence of one token gives that token's values: all codes under all scales, exactly."""
     codes, scales = all_codes_and_scales(device)

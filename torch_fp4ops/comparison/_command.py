@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from ..check import device, devices
+from ..check import device, devices, output_file
 from ..demo import machine
 from ..formats import FORMATS
 from ..nn import quantize_
@@ -57,8 +57,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--warmup", type=int, default=1, help="calls before time is taken (default: 1)")
     add("--repeats", type=int, default=5, help="timed calls (default: 5)")
     add("--min-cosine", type=float, help="fail below it: every layer and the output, accumulated and alone")
-    add("--json", metavar="FILE", help="write everything to a file")
-    add("--plot", metavar="FILE", help="draw the relative distances; needs matplotlib")
+    add("--json", type=output_file, metavar="FILE", help="write everything to a file")
+    add("--plot", type=output_file, metavar="FILE", help="draw the relative distances; needs matplotlib")
     return parser
 
 
@@ -77,6 +77,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--batch and --tokens are 1 or more")
     if options.plot and importlib.util.find_spec("matplotlib") is None:
         parser.error("--plot needs matplotlib: pip install 'torch-fp4ops[bench]'")
+    if options.plot:
+        from matplotlib.backend_bases import FigureCanvasBase
+
+        kinds = sorted(FigureCanvasBase.get_supported_filetypes())
+        if options.plot.rpartition(".")[2] not in kinds:
+            parser.error(f"--plot is {options.plot!r}; allowed: a file that ends in .{', .'.join(kinds)}")
     where = torch.device(options.device)
     try:
         loaded = _load(options, where)
@@ -129,10 +135,13 @@ def _load(options: argparse.Namespace, where: torch.device) -> Loaded:
 def _quantized(model: nn.Module, options: argparse.Namespace) -> tuple[nn.Module, list[str]]:
     """A quantised copy, and what of it can't be quantised."""
     skipped: list[str] = []
+    kept = getattr(model, "_keep_in_fp32_modules", None) or ()
 
     def can_be(linear: nn.Module, name: str) -> bool:
         assert isinstance(linear, nn.Linear)
         reason = why_not_quantizable(linear, FORMATS[options.format])
+        if name.rpartition(".")[2] in kept:
+            reason = "transformers keeps it in fp32, and its parent reads its weight's dtype"
         if reason is not None:
             skipped.append(f"{name}: {reason}")
         return reason is None

@@ -65,9 +65,7 @@ def from_config(name: str, device: torch.device, batch: int, tokens: int, seed: 
     import transformers
 
     transformers.logging.set_verbosity_error()
-    config = _configuration(transformers, name).get_text_config()
-    if not full_size:
-        _reduce(config)
+    config = _configuration(transformers, name, full_size)
     if hasattr(config, "use_cache"):
         config.use_cache = False  # a cache would be an output beside the hidden states
     size = min(getattr(config, "vocab_size", None) or 0, _REDUCED["vocab_size"])
@@ -86,16 +84,29 @@ def from_config(name: str, device: torch.device, batch: int, tokens: int, seed: 
     inputs = {"input_ids": ids.to(device)}
     if config.is_encoder_decoder:
         inputs["decoder_input_ids"] = inputs["input_ids"]
-    what = f"{type(model).__name__} with random weights (seed {seed}), {batch} x {tokens} random tokens"
-    return Loaded(model.bfloat16().eval().to(device), inputs, what)
-
-
-def _configuration(transformers: Any, name: str) -> Any:
-    if name in transformers.CONFIG_MAPPING:
-        return transformers.CONFIG_MAPPING[name]()
+    model = model.bfloat16().eval().to(device)
     try:
-        return transformers.AutoConfig.from_pretrained(name, local_files_only=True)
-    except (OSError, ValueError) as error:
+        with torch.no_grad():
+            model(**inputs)
+    except Exception as error:
+        raise ValueError(f"--model {name}: it can't run on {batch} x {tokens} tokens: {error}") from error
+    what = f"{type(model).__name__} with random weights (seed {seed}), {batch} x {tokens} random tokens"
+    return Loaded(model, inputs, what)
+
+
+def _configuration(transformers: Any, name: str, full_size: bool) -> Any:
+    try:
+        if name in transformers.CONFIG_MAPPING:
+            config = transformers.CONFIG_MAPPING[name]()
+        else:
+            config = transformers.AutoConfig.from_pretrained(name, local_files_only=True)
+        config = config.get_text_config()
+        if not full_size:
+            _reduce(config)
+        return config
+    except Exception as error:  # a library's many ways to say that it is none, or none that can be made smaller
+        if name in transformers.CONFIG_MAPPING:
+            raise ValueError(f"--model {name}: its sizes can't be reduced ({error}); --size full keeps them") from error
         kind = "file" if Path(name).exists() else "type, folder or cached model"
         raise ValueError(
             f"--model {name}: no such {kind} that transformers reads; "

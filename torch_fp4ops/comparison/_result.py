@@ -75,7 +75,12 @@ class Comparison:
         return self.of(self.runs[-1] if run is None else run)[-1].accumulated
 
     def failures(self, min_cosine: float | None = None) -> list[str]:
-        """A line for each NaN (see :class:`Distance`) and each cosine below ``min_cosine``, accumulated or alone."""
+        """A line for each NaN (see :class:`Distance`) and each cosine below ``min_cosine``, accumulated or alone.
+
+        ValueError if ``min_cosine`` is not -1 to 1.
+        """
+        if min_cosine is not None and not -1 <= min_cosine <= 1:
+            raise ValueError(f"failures: min_cosine is {min_cosine}; allowed: -1 to 1")
         lines = []
         for row in self.rows:
             for what, found in (("", row.accumulated), (" alone", row.local)):
@@ -159,6 +164,10 @@ def _jsonable(tree: Any) -> Any:
     return str(tree) if isinstance(tree, float) and not math.isfinite(tree) else tree
 
 
+def _real(t: Tensor) -> Tensor:
+    return torch.view_as_real(t.resolve_conj()) if t.is_complex() else t
+
+
 def distance(given: Tensor | Sequence[Tensor], wanted: Tensor | Sequence[Tensor]) -> Distance:
     """Of ``given`` from ``wanted``, computed in float64. Several tensors count as one, their elements put together.
 
@@ -173,7 +182,7 @@ def distance(given: Tensor | Sequence[Tensor], wanted: Tensor | Sequence[Tensor]
     if shapes[0] != shapes[1]:
         raise ValueError(f"distance: given is of shapes {shapes[0]}; allowed: those of wanted, {shapes[1]}")
     empty = torch.zeros(0, dtype=torch.float64)
-    a, b = (torch.cat([empty, *(t.detach().double().flatten().cpu() for t in side)]) for side in (given, wanted))
+    a, b = (torch.cat([empty, *(_real(t).detach().double().flatten().cpu() for t in side)]) for side in (given, wanted))
     if torch.equal(a, b):
         return Distance(1.0, 0.0, 0.0)
     both_infinite = a.isinf() & (a == b)

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ..capture import record_decisions
+from ..capture import record_decisions, unrecorded
 from ..registry import OPS
 from ..selection import set_backend
 from ._result import OUTPUT, Comparison, Distance, Row, distance
@@ -174,6 +174,12 @@ def _evaluating(models: Iterable[nn.Module]) -> Iterator[None]:
             module.training = mode
 
 
+def _fresh(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Copies for one call, which may write into them."""
+    copies: tuple[tuple[Any, ...], dict[str, Any]] = tree_map_only(Tensor, torch.clone, (args, kwargs))
+    return copies
+
+
 class _Callers(TorchDispatchMode):
     """Notes the innermost module that is running when an operator of this package is called."""
 
@@ -220,6 +226,7 @@ def _callers(run: _Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[s
     for name, module in run.eager.named_modules():
         handles.append(module.register_forward_pre_hook(lambda *_, name=name: callers.running.append(name)))
         handles.append(module.register_forward_hook(leave))
+    args, kwargs = _fresh(args, kwargs)
     try:
         with run.active(), callers:
             run.eager(*args, **kwargs)
@@ -241,7 +248,7 @@ def _compared(
     def keep(key: _Key, args: Any, kwargs: Any, out: Any) -> None:
         kept[key] = [t.to("cpu", copy=True) for t in _floats(out)]
         for other in others if local else ():
-            with other.active(), record_decisions():
+            with other.active(), unrecorded():
                 again = _floats(other.eager.get_submodule(key.layer)(*args, **kwargs))
             alone[other.name, key] = _distance_or_reason(again, kept[key])
 
@@ -317,6 +324,7 @@ def _watched(
     for name in names:
         module = run.eager.get_submodule(name)
         handles.append(module.register_forward_hook(partial(hook, name), with_kwargs=True))
+    args, kwargs = _fresh(args, kwargs)
     try:
         with run.active(), record_decisions() as decisions:
             out = run.eager(*args, **kwargs)
@@ -335,9 +343,10 @@ def _times(run: _Run, args: tuple[Any, ...], kwargs: dict[str, Any], warmup: int
     times = []
     with run.active():
         for _ in range(warmup + repeats):
+            fresh = _fresh(args, kwargs)
             synchronize()
             start = time.perf_counter()
-            run.model(*args, **kwargs)
+            run.model(*fresh[0], **fresh[1])
             synchronize()
             times.append(time.perf_counter() - start)
     return tuple(times[warmup:])

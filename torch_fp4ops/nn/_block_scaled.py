@@ -35,6 +35,8 @@ def why_not_quantizable(linear: nn.Linear, fmt: BlockFormat) -> str | None:
         return f"weight is a {type(weight).__name__}; allowed: a plain tensor"
     if weight.dtype not in _FLOATS:
         return f"weight is {weight.dtype}; allowed: {allowed_values(_FLOATS)}"
+    if weight.shape != (linear.out_features, linear.in_features):
+        return f"weight is of shape {tuple(weight.shape)}; allowed: ({linear.out_features}, {linear.in_features})"
     if linear._forward_hooks or linear._forward_pre_hooks or "forward" in linear.__dict__:
         return "it has forward hooks or a forward of its own, which the new layer would lose; remove them first"
     if not weight.is_meta and not bool(weight.detach().isfinite().all()):

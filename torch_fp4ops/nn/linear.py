@@ -39,9 +39,9 @@ def encode_scale(x: Tensor) -> Tensor:
     return _ENCODED_MAX / amax.clamp(min=_SMALLEST_AMAX)
 
 
-def _version(t: Tensor) -> int:
-    """Grows with every write in place; inference tensors have none."""
-    return 0 if t.is_inference() else t._version
+def _mark(t: Tensor) -> tuple[int, int] | None:
+    """Changes with every write in place that torch sees; inference tensors have none."""
+    return None if t.is_inference() else (t._version, t.data_ptr())
 
 
 def _out_dtype(x: Tensor) -> torch.dtype | None:
@@ -72,8 +72,9 @@ class FP4Linear(BlockScaledLinear):
         weight_scale: uint8 block scales in the 128x4 layout, ``[round_up(N, 128), round_up(K/block size, 4)]``.
         weight_global_scale: float32 ``[1]``, the encode scale ``2688 / amax(weight)``; None for MXFP4.
         alpha: float32 ``[1]``, what the product is multiplied by: the reciprocal of the global scales; not in the state
-            dict. Assigning to a global scale and loading a state dict renew it; where one was written in place or
-            replaced for a call (``torch.func.functional_call``) the call works it out. What is compiled or exported
+            dict. Assigning to a global scale and loading a state dict renew it; where one was written in place (not by
+            way of ``.data`` or NumPy, which torch does not see), replaced for a call
+            (``torch.func.functional_call``), or is an inference tensor, calls work it out. What is compiled or exported
             keeps it as it was. None where there is no global scale, or each call has one of its own.
         input_global_scale: float32 ``[1]``, the encode scale of every input, say ``2688 / amax`` over calibration
             data; NVFP4 with activations ``"same"`` only. None: ``2688 / amax`` of each call's whole input, so that
@@ -91,8 +92,8 @@ class FP4Linear(BlockScaledLinear):
     weight_global_scale: Tensor | None
     input_global_scale: Tensor | None
     alpha: Tensor | None
-    _alpha_of: list[tuple[Tensor, int]]
-    """The global scales that alpha is of, and their versions."""
+    _alpha_of: list[tuple[Tensor, tuple[int, int] | None]]
+    """The global scales that alpha is of, and their marks."""
 
     def __init__(
         self,
@@ -113,7 +114,8 @@ class FP4Linear(BlockScaledLinear):
         fmt = _FP4_FORMATS[weight_format]
         super().__init__(in_features, out_features, bias, fmt, device, dtype)
         self.activations = activations
-        scale = torch.ones(1, dtype=torch.float32, device=device) if fmt.has_global_scale else None
+        with torch.inference_mode(False):  # writes to the scale are to be seen
+            scale = torch.ones(1, dtype=torch.float32, device=device) if fmt.has_global_scale else None
         self.register_buffer("weight_global_scale", scale)
         self.register_buffer("input_global_scale", None)
         self.register_buffer("alpha", None, persistent=False)
@@ -136,12 +138,12 @@ class FP4Linear(BlockScaledLinear):
         return [t for n in _GLOBAL_SCALES if (t := named.get(n)) is not None]
 
     def _remember_scales(self) -> None:
-        self._alpha_of = [(t, _version(t)) for t in self._global_scales()]
+        self._alpha_of = [(t, _mark(t)) for t in self._global_scales()]
 
     def _alpha_is_current(self) -> bool:
         scales, before = self._global_scales(), self._alpha_of
         return len(scales) == len(before) and all(
-            t is u and _version(t) == v for t, (u, v) in zip(scales, before, strict=True)
+            t is u and v is not None and _mark(t) == v for t, (u, v) in zip(scales, before, strict=True)
         )
 
     def _worked_out_alpha(self) -> Tensor | None:
@@ -192,7 +194,8 @@ class FP4Linear(BlockScaledLinear):
         if input_global_scale is not None:
             new.input_global_scale = new._checked_input_scale(input_global_scale).to(weight.device)
         if new._block_format.has_global_scale:
-            new.weight_global_scale = encode_scale(weight)
+            with torch.inference_mode(False):  # writes to the scale are to be seen
+                new.weight_global_scale = encode_scale(weight)
         # No kernel of another layout multiplies float16 and MXFP4.
         prepare = prepare and not (weight.dtype == torch.float16 and activations == "bf16" and weight_format == "mxfp4")
         codes, scales = new._quantize(weight, new.weight_global_scale)
@@ -257,9 +260,14 @@ class FP4Linear(BlockScaledLinear):
         # Whether there is a static scale is the checkpoint's to say, as far as this layer could use one.
         given = state_dict.get(prefix + "input_global_scale")
         usable = self.weight_global_scale is not None and self.activations == "same"
-        if self.input_global_scale is None and isinstance(given, Tensor) and usable:
+        new = self.input_global_scale is None and isinstance(given, Tensor) and usable
+        if new:
             self.input_global_scale = torch.ones(1, dtype=torch.float32, device=self.weight.device)
+        errors = rest[-1]
+        before = len(errors)
         super()._load_from_state_dict(state_dict, prefix, *rest)
+        if new and len(errors) > before:
+            self.input_global_scale = None
         self._renew_alpha()
 
     def _describe(self) -> str:

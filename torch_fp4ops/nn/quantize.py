@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from torch import nn
+from torch._dynamo.eval_frame import OptimizedModule
 
 from ..formats import FORMATS
 from ._block_scaled import LAYOUTS, BlockScaledLinear, allowed_values, why_not_quantizable
@@ -50,7 +51,7 @@ def quantize_(
     Raises:
         ValueError: an unknown format or kind of activations; no layer selected; or layers that can't be quantised
             (all are listed): K not a multiple of the block size, a weight that is not finite or no plain tensor,
-            forward hooks, or the model itself being the layer.
+            forward hooks, being compiled by itself, or the model itself being the layer.
     """
     if weight_format not in FORMATS:
         raise ValueError(f"quantize_: weight_format is {weight_format!r}; allowed: {allowed_values(list(FORMATS))}")
@@ -68,6 +69,8 @@ def quantize_(
     for linear, places in selected:
         names = ", ".join(repr(name) for name in places)
         reason = why_not_quantizable(linear, fmt) if "" not in places else _THE_MODEL_ITSELF
+        if any(isinstance(model.get_submodule(name.rpartition(".")[0]), OptimizedModule) for name in places if name):
+            reason = "it is compiled by itself, and what is compiled would stay; quantise it first"
         if reason is not None:
             problems.append(f"  {names}: {reason}")
     if problems:

@@ -47,6 +47,8 @@ EARLY_STARTS = {"1": (True, True), "within": (False, True), "0": (False, False)}
 # packed_metadata: warps, programs of a cluster, bytes of shared memory.
 _KNOWN_TO_RUN = (3, 6) <= tuple(map(int, triton.__version__.split(".")[:2])) <= (3, 9)
 
+_LONGEST_ROW = 1 << 27
+
 _FARTHEST = 1 << 27
 """Bytes from row to row: 16 of them, the most rows of a tile that is not addressed in 64 bits, span 2 GiB."""
 
@@ -93,7 +95,10 @@ class AotCase(NamedTuple):
 
 
 def why_not(call: Call) -> str | None:
-    """Why Triton can't run on the call's device, for any kernel here."""
+    """Why Triton can't run the call, for any kernel here."""
+    x = call.__dict__.get("input")
+    if x is not None and x.dim() and x.shape[-1] >= _LONGEST_ROW:
+        return f"input has {x.shape[-1]} columns; kernels find scales of less than {_LONGEST_ROW} in 32 bits"
     return _why_not_on(call.device.type, call.device.index)
 
 

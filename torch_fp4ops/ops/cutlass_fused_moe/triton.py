@@ -95,7 +95,7 @@ def cutlass_fused_moe_triton(
     experts, hidden = fc2_expert_weights.shape[:2]
     out = input.new_empty((tokens, hidden), dtype=output_dtype)
     rows = tokens * top_k
-    if not rows or not hidden:
+    if not rows or not hidden or not experts:
         return out.zero_()
     scales: dict[str, Tensor] = dict(zip(mode.scales, quant_scales, strict=True))
     between = input.dtype if input_sf is None else output_dtype

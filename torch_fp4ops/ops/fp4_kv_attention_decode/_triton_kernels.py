@@ -22,7 +22,7 @@ from . import _triton_cache as c
 __all__ = ["NOT_SPECIALIZED", "attend_kernel", "combine_kernel"]
 
 NOT_SPECIALIZED = [
-    *("sm_scale", "cap", "window_left", "heads", "max_pages", "pages", "q_row", "q_head", "table_row"),
+    *("sm_scale", "cap", "window_left", "heads", "tokens", "pages", "q_row", "q_head", "table_row"),
     *(f"{cache}_{stride}" for cache in ("k", "v", "k_sf", "v_sf") for stride in ("page", "entry", "head")),
 ]
 
@@ -112,7 +112,7 @@ def attend_kernel(
     cap,
     window_left,
     heads,
-    max_pages,
+    tokens,  # of the page table
     pages,
     q_row,
     q_head,
@@ -154,7 +154,7 @@ def attend_kernel(
     split = pid // heads % SPLITS
     sequence = (pid // heads // SPLITS).to(tl.int64)
 
-    end = tl.minimum(tl.load(length_ptr + sequence), max_pages * PAGE_SIZE).to(tl.int32)
+    end = tl.maximum(tl.minimum(tl.load(length_ptr + sequence), tokens), 0).to(tl.int32)
     start = 0
     if WINDOW:
         start = tl.maximum(end - 1 - window_left, 0)

@@ -24,11 +24,16 @@ from ._triton_kernels import NOT_SPECIALIZED, attend_kernel, combine_kernel
 _PROGRAMS = 64  # for each of the GPU's processors, so that few are idle at the end
 _FEWEST_TOKENS = 256  # of a part
 _MOST_SPLITS = 64
+_MOST_TOKENS = (1 << 31) - (1 << 16)  # their numbers, to the end of the last split's last tile, are of 32 bits
+_MOST_QUERY_HEADS = 128  # of a kv head: a program has them all, and with more its shared memory would not suffice
 
 
 def _why_not(call: Call) -> str | None:
     if call.q.dtype == torch.float16 and call.sf_use_ue8m0:
         return "float16 does not hold every value of a power-of-two scale; with such a cache q must be bfloat16"
+    group = call.q.shape[1] // _kv.heads_of(call.k_cache, call.kv_layout)
+    if group > _MOST_QUERY_HEADS:
+        return f"q has {group} heads for each of the cache's; a program holds up to {_MOST_QUERY_HEADS}"
     return why_not(call)
 
 
@@ -81,7 +86,7 @@ def attend(
     if not out.numel():
         return out
     heads, page = _kv.heads_of(caches[0], kv_layout), _kv.page_size(caches[0], kv_layout)
-    tokens = block_tables.shape[1] * page
+    tokens = min(block_tables.shape[1] * page, _MOST_TOKENS)
     if not tokens or not caches[0].shape[0]:
         return out.zero_()
     if q.stride(2) != 1:
@@ -106,7 +111,7 @@ def attend(
         tile.THREADS,
         q.device,
         *(q, *bytes_of, *(cache_scales or (None, None)), block_tables, seq_lens.contiguous(), *scales),
-        *(out, sums, stats, sm_scale, logits_soft_cap or 0.0, min(window_left, tokens), heads, block_tables.shape[1]),
+        *(out, sums, stats, sm_scale, logits_soft_cap or 0.0, min(window_left, tokens), heads, tokens),
         *(caches[0].shape[0], q.stride(0), q.stride(1), block_tables.stride(0), *strides, *sf_strides),
         FORMAT=fmt,
         D=dim,
