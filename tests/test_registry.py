@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from torch_fp4ops import replay
 from torch_fp4ops.contracts import Call, Out
 from torch_fp4ops.registry import OPS, op
 from torch_fp4ops.selection import BackendUnavailable, Preference, set_backend
@@ -107,6 +108,16 @@ def test_a_named_backend_raises_instead_of_falling_through():
 def test_rejections_name_op_argument_given_and_allowed(args, message):
     with pytest.raises(ValueError, match=message):
         torch.ops.fp4._test_scale(*args)
+
+
+@pytest.mark.parametrize("make", [Tensor.to_sparse, Tensor.to_sparse_csr, Tensor.to_mkldnn])
+def test_tensors_without_strides_are_refused_by_name(make, monkeypatch):
+    dense = torch.ones(3, 4)
+    for on_cpu in (False, True):
+        monkeypatch.setattr(replay, "ON_CPU", on_cpu)
+        for given, name in (((make(dense),), "x"), ((dense, make(dense)), "y")):
+            with pytest.raises(ValueError, match=rf"_test_scale: {name} is torch\._?\w+; allowed: torch.strided"):
+                scale.default(*given)
 
 
 def test_nothing_runs_before_validation():

@@ -135,6 +135,9 @@ class Op(WithBackends):
     def _validate(self, call: Call) -> Any:
         arguments = call.__dict__
         device = call.device
+        first = self._names[0]
+        layout = arguments[first].layout
+        call.require(layout is torch.strided, first, layout, "torch.strided")
         for name in self._tensor_names:
             given = arguments[name]
             if given is None:
@@ -143,7 +146,9 @@ class Op(WithBackends):
                 continue
             for t in given if type(given) is list else (given,):
                 if t.device != device:
-                    call.require(False, name, t.device, f"{device}, where {self._names[0]} is")
+                    call.require(False, name, t.device, f"{device}, where {first} is")
+                if t.layout is not torch.strided:
+                    call.require(False, name, t.layout, "torch.strided")
         if call.backend != "auto":
             self.find_backend(call.backend, "backend=")
         return self.contract(call)
@@ -170,7 +175,10 @@ class Op(WithBackends):
                 return self._run(*args, **kwargs)
         if (device < 0 and not replay.ON_CPU) or recorders.get():
             return self._run_checked(args, kwargs)
-        kind, given = kind_of(args, kwargs)
+        try:
+            kind, given = kind_of(args, kwargs)
+        except RuntimeError:  # a tensor without strides or memory, which validation names
+            return self._run_checked(args, kwargs)
         if overridden():
             kind = (requested(self.name), *kind)
         known = self._known.get(kind)
