@@ -98,7 +98,7 @@ def _held_to_contract(fn: Callable[..., Any], name: str) -> Callable[..., Any]:
     has_backend = "backend" in signature.parameters
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        call = OPS[name].check(*args, **kwargs)
+        call = OPS[name]._bind(args, kwargs)  # which the op has validated
         if not has_backend:
             kwargs.pop("backend", None)
         out = fn(*args, **kwargs)

@@ -78,8 +78,7 @@ class Op(WithBackends):
             for i, a in enumerate(arguments)
             if a.has_default_value() and a.default_value is None and self._defaults[a.name] is not None
         )
-        # All but the first, whose device is the call's.
-        self._tensor_names = tuple(a.name for a in arguments[1:] if "Tensor" in str(a.type))
+        self._tensor_names = tuple(a.name for a in arguments if "Tensor" in str(a.type))
         self._may_be_none = frozenset(a.name for a in arguments if "Optional" in str(a.type))
         _LIBRARY.impl(self.name, self._run, "CompositeExplicitAutograd")
         _LIBRARY.impl(self.name, self._run_with_autograd, "Autograd", with_keyset=True)
@@ -135,9 +134,6 @@ class Op(WithBackends):
     def _validate(self, call: Call) -> Any:
         arguments = call.__dict__
         device = call.device
-        first = self._names[0]
-        layout = arguments[first].layout
-        call.require(layout is torch.strided, first, layout, "torch.strided")
         for name in self._tensor_names:
             given = arguments[name]
             if given is None:
@@ -146,7 +142,7 @@ class Op(WithBackends):
                 continue
             for t in given if type(given) is list else (given,):
                 if t.device != device:
-                    call.require(False, name, t.device, f"{device}, where {first} is")
+                    call.require(False, name, t.device, f"{device}, where {self._names[0]} is")
                 if t.layout is not torch.strided:
                     call.require(False, name, t.layout, "torch.strided")
         if call.backend != "auto":

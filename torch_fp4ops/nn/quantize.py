@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from torch import nn
-from torch._dynamo.eval_frame import OptimizedModule
 
 from ..formats import FORMATS
 from ._block_scaled import LAYOUTS, BlockScaledLinear, allowed_values, why_not_quantizable
@@ -69,7 +68,7 @@ def quantize_(
     for linear, places in selected:
         names = ", ".join(repr(name) for name in places)
         reason = why_not_quantizable(linear, fmt) if "" not in places else _THE_MODEL_ITSELF
-        if any(isinstance(model.get_submodule(name.rpartition(".")[0]), OptimizedModule) for name in places if name):
+        if any(name.rpartition(".")[2] == "_orig_mod" for name in places):  # torch.compile's name for what it wraps
             reason = "it is compiled by itself, and what is compiled would stay; quantise it first"
         if reason is not None:
             problems.append(f"  {names}: {reason}")
