@@ -279,6 +279,10 @@ def test_distances():
     for bad in (torch.tensor([nan, 1.0]), torch.tensor([inf, 1.0])):
         for pair in ((bad, masked), (masked, bad)):
             assert math.isnan(distance(*pair).cosine) and math.isnan(distance(*pair).max_abs)
+    for factor in (1e200, 1e-200, 1e-310):  # whose squares float64 lacks
+        least = torch.tensor([2.0, 0.0], dtype=torch.float64) * factor
+        assert distance(least + least.flip(0), least).relative_l2 == 1.0
+        assert distance(least + least.flip(0), least).cosine == pytest.approx(0.5**0.5)
     turned = torch.tensor([1 + 1j, 2.0])
     assert distance(turned, turned.clone()) == EXACT
     assert distance(turned, turned.conj()).max_abs == 2.0

@@ -48,6 +48,14 @@ def test_pads_the_dimension_with_the_value(dim):
     assert (out[:, 3] == -1).all() and not out[:, :3].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float4_e2m1fn_x2, torch.float8_e4m3fn, torch.float8_e8m0fnu])
+def test_pads_codes_with_zero_bytes(dtype):
+    x = torch.arange(1, 7, dtype=torch.uint8).view(3, 2)
+    out = pad_to([4])(x.view(dtype))
+    assert out.dtype == dtype
+    assert out.view(torch.uint8).tolist() == [*x.tolist(), [0, 0]]
+
+
 def test_a_tensor_without_the_dimension_is_not_padded():
     for x, dim in ((torch.ones(3), 1), (torch.ones(()), 0), (torch.ones(3), -2)):
         with pytest.raises(ValueError, match=rf"pad_to: x is of shape .*; allowed: one with a dimension {dim}"):

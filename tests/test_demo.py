@@ -21,6 +21,13 @@ def packages():
         pytest.importorskip(name, reason=f"needs {name}, of the extra 'demo'")
 
 
+def test_refuses_an_unknown_backend(capsys):
+    with pytest.raises(SystemExit) as refused:
+        demo.main(["--compile-backend", "nope"])
+    assert refused.value.code == 2
+    assert "--compile-backend: 'nope'; allowed: aot_eager, " in capsys.readouterr().err
+
+
 def test_sentences():
     topics, sentences = demo.load_sentences()
     assert len(topics) == len(sentences) == 72 == demo.BATCHES[-1] == demo.QUICK_BATCHES[-1]

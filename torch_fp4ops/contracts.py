@@ -9,7 +9,18 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["Call", "Out", "broken_promise"]
+__all__ = ["SCALES", "Call", "Out", "broken_promise", "can_be_scales"]
+
+SCALES = "finite values above zero, with finite reciprocals"
+"""What :func:`can_be_scales` allows, in messages."""
+
+
+def can_be_scales(t: Tensor) -> bool:
+    """Whether all values can be global scales: 2^-128 has no finite reciprocal in fp32, and makes NaN of zeros.
+
+    Reads data: only for a check of values, on the CPU.
+    """
+    return bool((t.isfinite() & (t > 0) & t.reciprocal().isfinite()).all())
 
 
 class Out(NamedTuple):
@@ -123,8 +134,6 @@ class Call:
         self.require(t.numel() == 1, argument, t.shape, "one element")
 
     def require_positive(self, argument: str) -> None:
-        """Every value finite and above zero, and its reciprocal, too: 2^-128 has none in fp32, and makes NaN of zeros.
-        Reads data: only for a check of values, on the CPU."""
+        """See :func:`can_be_scales`."""
         t = getattr(self, argument)
-        ok = bool((t.isfinite() & (t > 0) & t.reciprocal().isfinite()).all())
-        self.require(ok, argument, f"{t.tolist()}", "finite values above zero, with finite reciprocals")
+        self.require(can_be_scales(t), argument, f"{t.tolist()}", SCALES)

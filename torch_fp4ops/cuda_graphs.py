@@ -15,6 +15,7 @@ from torch._inductor import config as inductor_config
 
 from ._partition_graphs import PartitionGraphs
 from .capture import Decisions, FirstUseInCapture, record_decisions
+from .codecs import as_bytes
 
 __all__ = ["FirstUseInCapture", "Piecewise", "pad_to", "piecewise", "record_decisions", "warmup"]
 
@@ -169,7 +170,10 @@ def pad_to(sizes: Iterable[int], dim: int = 0) -> Callable[..., Tensor]:
         if not missing:
             return x
         after = (x.dim() - 1 - dim) if dim >= 0 else -1 - dim
-        return torch.nn.functional.pad(x, (0, 0) * after + (0, missing), value=value)
+        padding = (0, 0) * after + (0, missing)
+        if value == 0:  # torch cannot fill all of its 4-bit and 8-bit dtypes
+            return torch.nn.functional.pad(as_bytes(x), padding).view(x.dtype)
+        return torch.nn.functional.pad(x, padding, value=value)
 
     return pad
 

@@ -283,11 +283,20 @@ def run(options: argparse.Namespace) -> int:
     return 1 if misses else 0
 
 
+def _backend(name: str) -> str:
+    known = torch.compiler.list_backends(exclude_tags=())
+    if name not in known:
+        raise argparse.ArgumentTypeError(f"{name!r}; allowed: {', '.join(known)}")
+    return name
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command ``python -m torch_fp4ops demo``; returns its exit status, see :func:`run`."""
     parser = argparse.ArgumentParser(prog="python -m torch_fp4ops demo", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--quick", action="store_true", help="fewer variants and batch sizes")
-    parser.add_argument("--compile-backend", default="inductor", help="of torch.compile; aot_eager needs no compiler")
+    parser.add_argument(
+        "--compile-backend", type=_backend, default="inductor", help="of torch.compile; aot_eager needs no compiler"
+    )
     parser.add_argument("--device", type=check.device, help="default: cuda if there is a GPU, else cpu")
     options = parser.parse_args(argv)
     options.variants = [v for v in VARIANTS if not options.quick or v.name in QUICK]

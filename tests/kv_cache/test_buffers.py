@@ -163,6 +163,7 @@ def test_a_file_without_a_convention_is_refused(tmp_path, metadata):
         (torch.ones(2).double(), torch.ones(2), "amax/448", "k is torch.float64"),
         (torch.ones(2, 1), torch.ones(2), "amax/448", r"k is torch.float32 of shape \(2, 1\); allowed"),
         (torch.ones(2), torch.tensor([1.0, 0.0]), "amax/448", r"v is \[1.0, 0.0\]; allowed: finite values above zero"),
+        (torch.full((2,), 2.0**-128), torch.ones(2), "amax/448", "k is .*; allowed: .* with finite reciprocals"),
         (torch.ones(2), torch.ones(3), "amax/448", "v has 3 on cpu; allowed: as many as k, 2 on cpu"),
     ],
 )

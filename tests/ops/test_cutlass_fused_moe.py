@@ -268,6 +268,7 @@ def test_rejects_expert_ids_out_of_range(expert):
     assert_rejected(cutlass_fused_moe, BASE, change, r"token_selected_experts is between .*; allowed: 0 to 2")
 
 
-def test_rejects_a_zero_global_scale():
-    change = {"quant_scales": replaced(W4A4["quant_scales"], 0, torch.zeros(()))}
-    assert_rejected(cutlass_fused_moe, W4A4, change, r"quant_scales\[0\] \(fc1_act_global\) is 0.0; allowed: finite")
+@pytest.mark.parametrize("scale", [0.0, 2.0**-128])
+def test_rejects_a_global_scale_of_zero_or_without_a_finite_reciprocal(scale):
+    change = {"quant_scales": replaced(W4A4["quant_scales"], 0, torch.tensor(scale))}
+    assert_rejected(cutlass_fused_moe, W4A4, change, r"quant_scales\[0\] \(fc1_act_global\) is .*; allowed: finite")

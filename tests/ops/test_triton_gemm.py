@@ -280,6 +280,24 @@ def check_routing_of_many_rows(device: str) -> None:
         assert torch.equal(one.order[:own], many.order[:own])
 
 
+def check_weighted_sums_of_experts(device: str) -> None:
+    """Few experts a token and many, of which a third is another rank's: nothing is in their rows, nor need their scales
+    be finite. Small integers and powers of two, so that sums are exact."""
+    from torch_fp4ops.ops.cutlass_fused_moe import _triton_kernels as kernels
+
+    generator = torch.Generator().manual_seed(0)
+    for top_k in (1, 8, 32, 33, 70):
+        ids = torch.randint(0, 9, (3, top_k), generator=generator)
+        own = (ids >= 3) & (ids < 9)
+        rows = torch.randint(-8, 9, (3, top_k, 1040), generator=generator).float()
+        scales = torch.exp2(torch.randint(-3, 4, (3, top_k), generator=generator).float())
+        wanted = torch.where(own[:, :, None], rows * scales[:, :, None], 0.0).sum(1)
+        given = rows.masked_fill(~own[:, :, None], math.nan).flatten(0, 1), ids, scales.masked_fill(~own, math.inf)
+        out = torch.full((3, 1040), math.nan, device=device)
+        kernels.combine(*(t.to(device) for t in given), out, 3, 6)
+        assert torch.equal(out.cpu(), wanted)
+
+
 def check_activation_scales_of_experts(device: str) -> None:
     op = OPS["cutlass_fused_moe"]
     found = next(s for s in samples(op) if s.name == "w4a4-nvfp4")

@@ -188,12 +188,18 @@ def distance(given: Tensor | Sequence[Tensor], wanted: Tensor | Sequence[Tensor]
     both_infinite = a.isinf() & (a == b)
     a, b = (t.masked_fill(both_infinite, 0) for t in (a, b))
     difference = a - b
-    lengths = (float(a.norm()), float(b.norm()))
+    lengths = (_length(a), _length(b))
     if 0.0 in lengths:
         cosine = 0.0
     else:
-        cosine = max(-1.0, min(1.0, float(a.dot(b)) / lengths[0] / lengths[1]))
-    relative = float(difference.norm()) / lengths[1] if lengths[1] else math.inf
+        cosine = max(-1.0, min(1.0, float((a / lengths[0]).dot(b / lengths[1]))))
+    relative = _length(difference) / lengths[1] if lengths[1] else math.inf
     if not (math.isfinite(lengths[0]) and math.isfinite(lengths[1])):
         return Distance(math.nan, math.nan, math.nan)
     return Distance(cosine, relative, float(difference.abs().max()))
+
+
+def _length(t: Tensor) -> float:
+    """The norm, also where squares would be too large or too small for float64."""
+    largest = float(t.abs().max())
+    return largest * float((t / largest).norm()) if 0.0 < largest < math.inf else largest

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..contracts import SCALES, can_be_scales
+
 __all__ = ["SCALE_CONVENTIONS", "KVScales"]
 
 SCALE_CONVENTIONS = {"amax/2688": 2688.0, "amax/448": 448.0}
@@ -37,7 +39,7 @@ class KVScales:
     before the first token is stored.
 
     Attributes:
-        k, v: float32 ``[layers]``, finite and above zero (checked on the CPU), on one device.
+        k, v: float32 ``[layers]``, finite, above zero and with finite reciprocals (checked on the CPU), on one device.
         convention: a key of :data:`SCALE_CONVENTIONS`.
     """
 
@@ -53,8 +55,8 @@ class KVScales:
             if t.dtype != torch.float32 or t.dim() != 1 or not len(t):
                 given = f"{t.dtype} of shape {tuple(t.shape)}"
                 raise ValueError(f"KVScales: {name} is {given}; allowed: float32 of shape [layers], one layer or more")
-            if t.device.type == "cpu" and not bool((t.isfinite() & (t > 0)).all()):
-                raise ValueError(f"KVScales: {name} is {t.tolist()}; allowed: finite values above zero")
+            if t.device.type == "cpu" and not can_be_scales(t):
+                raise ValueError(f"KVScales: {name} is {t.tolist()}; allowed: {SCALES}")
         if self.k.shape != self.v.shape or self.k.device != self.v.device:
             given = f"{len(self.v)} on {self.v.device}"
             raise ValueError(f"KVScales: v has {given}; allowed: as many as k, {len(self.k)} on {self.k.device}")

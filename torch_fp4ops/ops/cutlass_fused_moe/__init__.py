@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ... import scale_layouts
-from ...contracts import Call, Out
+from ...contracts import SCALES, Call, Out, can_be_scales
 from ...formats import MXFP8, NVFP4, BlockFormat
 from ...registry import op
 from ...selection import Preference
@@ -144,8 +144,7 @@ def _check_values(call: Call) -> None:
     for i, name in enumerate(mode.scales):
         if name.endswith("_global"):
             t = call.quant_scales[i]
-            fine = bool((t.isfinite() & (t > 0)).all())
-            call.require(fine, f"quant_scales[{i}] ({name})", t.tolist(), "finite values above zero")
+            call.require(can_be_scales(t), f"quant_scales[{i}] ({name})", t.tolist(), SCALES)
 
 
 _PREFERENCES = (

@@ -31,6 +31,7 @@ class Routing(NamedTuple):
 _SORTED_BY_ONE_PROGRAM = 1 << 18
 _COMPARED_AT_ONCE = 1 << 12
 _ROUTE_THREADS = 512
+_UNROLLED = tl.constexpr(32)  # a token's rows whose loads are written out; 256 of them took 70 s to compile
 _UNIT = tl.constexpr(16)  # hidden and inter are multiples of it in every mode, and 16-byte accesses need to know
 
 
@@ -264,6 +265,16 @@ def swiglu(
 # The sum
 
 
+@triton.jit
+def _weighted(rows_ptr, expert_ids_ptr, final_scales_ptr, row, column, columns, first_expert, experts):
+    """A row times its scale, zeros where its expert is foreign."""
+    expert = tl.load(expert_ids_ptr + row).to(tl.int64) - first_expert
+    own = (expert >= 0) & (expert < experts)
+    y = tl.load(rows_ptr + row * columns + column, mask=column < tl.where(own, columns, 0), other=0.0)
+    # Not a product with zero: the scale of a foreign expert may be infinite.
+    return tl.where(own, y * tl.load(final_scales_ptr + row), 0.0)
+
+
 @triton.jit(do_not_specialize=["first_expert", "experts", "units"])
 def combine_kernel(
     rows_ptr,  # fp32 [tokens * TOP_K, units * _UNIT]
@@ -284,13 +295,14 @@ def combine_kernel(
     column = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     there = column < columns
     total = tl.zeros((BLOCK,), tl.float32)
-    for k in tl.static_range(TOP_K):
-        row = token * TOP_K + k
-        expert = tl.load(expert_ids_ptr + row).to(tl.int64) - first_expert
-        own = (expert >= 0) & (expert < experts)
-        y = tl.load(rows_ptr + row * columns + column, mask=column < tl.where(own, columns, 0), other=0.0)
-        # Not a product with zero: the scale of a foreign expert may be infinite.
-        total += tl.where(own, y * tl.load(final_scales_ptr + row), 0.0)
+    if TOP_K <= _UNROLLED:
+        for k in tl.static_range(TOP_K):
+            row = token * TOP_K + k
+            total += _weighted(rows_ptr, expert_ids_ptr, final_scales_ptr, row, column, columns, first_expert, experts)
+    else:
+        for k in range(TOP_K):
+            row = token * TOP_K + k
+            total += _weighted(rows_ptr, expert_ids_ptr, final_scales_ptr, row, column, columns, first_expert, experts)
     tl.store(out_ptr + token * columns + column, p.round_to(total, out_ptr.dtype.element_ty), mask=there)
 
 
@@ -325,7 +337,9 @@ def aot_cases() -> Iterator[AotCase]:
         name = f"{dtype}-{index}"
         signature = {"rows_ptr": "*fp32", "expert_ids_ptr": f"*{index}", "final_scales_ptr": "*fp32"}
         signature |= {"out_ptr": f"*{dtype}", **sizes, "units": "i32"}
-        yield AotCase(f"moe-combine-8-{name}", combine_kernel, signature, {"TOP_K": 8, "BLOCK": 1024}, 128)
+        for top_k in (8, _UNROLLED.value + 1):
+            constants = {"TOP_K": top_k, "BLOCK": 1024}
+            yield AotCase(f"moe-combine-{top_k}-{name}", combine_kernel, signature, constants, 128)
         signature = {"up_gate_ptr": "*fp32", "out_ptr": f"*{dtype}", "ids_ptr": f"*{index}", **sizes, "units": "i32"}
         signature |= dict.fromkeys(given, "*fp32")
         constants = {"STEP": False, "BLOCK": 1024, **{p: None for p in parameters if p not in given}}
