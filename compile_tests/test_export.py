@@ -32,14 +32,21 @@ class Mlp(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.up, self.down = nn.Linear(64, 96), nn.Linear(96, 64)
+        self.fc1, self.fc2 = (nn.Parameter(values(i, 2, rows, 64, scale=0.1)) for i, rows in ((1, 128), (2, 64)))
 
     def forward(self, x):
-        return x + self.down(torch.nn.functional.relu(self.up(x)))
+        x = x + self.down(torch.nn.functional.relu(self.up(x)))
+        ids = torch.arange(x.shape[0], dtype=torch.int32).unsqueeze(1) % 2
+        no_scales = []  # AOTInductor hands that on as None
+        experts = torch.ops.fp4.cutlass_fused_moe(
+            x, ids, torch.ones(x.shape[0], 1), self.fc1, self.fc2, torch.bfloat16, no_scales
+        )
+        return x + experts
 
 
 @pytest.mark.skipif(shutil.which("g++") is None and "CXX" not in os.environ, reason="AOTInductor needs a C++ compiler")
 def test_a_package_runs_in_another_process(tmp_path):
-    """Layers with quantised activations and with 16-bit ones."""
+    """Layers with quantised activations and with 16-bit ones, and experts that are not quantised."""
     model = Mlp().bfloat16().eval()
     quantize_(model, "nvfp4", "same", lambda module, name: name == "up")
     quantize_(model, "nvfp4", "bf16")

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
 from torch.utils._pytree import tree_leaves
 
 import torch_fp4ops
@@ -41,6 +42,25 @@ def test_compiled_equals_eager(name, i):
     eager, compiled = cached_samples(name)[i].clone(), cached_samples(name)[i].clone()
     wanted = op(*eager.args, **eager.kwargs)
     out = torch.compile(lambda a, k: op(*a, **k), fullgraph=True, backend="aot_eager")(compiled.args, compiled.kwargs)
+    assert_equal_trees((out, compiled.args), (wanted, eager.args))
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_nothing_of_an_op_is_compiled_where_a_frame_runs_as_it_is(name):
+    """Dynamo gives a frame up whose graph breaks in a loop, and compiles what it calls."""
+    op = getattr(torch.ops.fp4, name)
+
+    def give_up(args, kwargs):
+        for _ in range(2):
+            torch._dynamo.graph_break()
+            out = op(*args, **kwargs)
+        return out
+
+    eager, compiled = cached_samples(name)[-1].clone(), cached_samples(name)[-1].clone()
+    wanted = give_up(eager.args, eager.kwargs)
+    counters.clear()
+    out = torch.compile(give_up, backend="aot_eager")(compiled.args, compiled.kwargs)
+    assert not counters["stats"], "frames below the op were compiled"
     assert_equal_trees((out, compiled.args), (wanted, eager.args))
 
 

@@ -18,6 +18,41 @@ def call_of(name: str, sizes: tuple[int, ...] = ()) -> tuple:
     return cli._example(name)(torch.device("cuda"), *sizes)
 
 
+def test_a_call_is_checked_as_the_op_would():
+    x, scale = torch.ones(4, 32), torch.ones(1)
+    right = explain("fp4_quantize", x, scale)
+    packet = torch.ops.fp4.fp4_quantize
+    assert (
+        explain(OPS["fp4_quantize"], x, scale)
+        == explain(packet, x, scale)
+        == explain(packet.default, x, scale)
+        == right
+    )
+    for args, kwargs, why in (
+        ((x, scale), {"backnd": "triton"}, "unexpected keyword argument 'backnd'"),
+        ((x, scale), {"input": x}, "multiple values for argument 'input'"),
+        ((x, scale, 16, False, True, False, False, "reference"), {}, "too many positional"),
+        ((), {}, "missing a required argument: 'input'"),
+    ):
+        with pytest.raises(TypeError, match=rf"torch.ops.fp4.fp4_quantize: .*{why}.*; its arguments are"):
+            explain("fp4_quantize", *args, **kwargs)
+    codes = torch.zeros(4, 16, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
+    block_scales = torch.ones(4, 2).to(torch.float8_e4m3fn)
+    assert "reference" in explain("nvfp4_kv_dequantize", codes, block_scales, scale)
+    out = OPS["nvfp4_kv_dequantize"].run_backend("reference", codes, block_scales, scale)
+    assert torch.equal(out, OPS["nvfp4_kv_dequantize"](codes, block_scales, scale))
+    for other in ("add", torch.ops.aten.add):
+        with pytest.raises(ValueError, match=r"explain: there is no op '.*add'; the ops are cutlass_fused_moe, "):
+            explain(other, x)
+
+
+@pytest.mark.parametrize("name", sorted(OPS))
+def test_a_check_does_not_depend_on_the_default_device(name):
+    sample = samples(OPS[name])[0]
+    with torch.device("meta"):
+        assert OPS[name].check(*sample.args, **sample.kwargs).device.type == "cpu"
+
+
 @every_capability
 @pytest.mark.parametrize("name", sorted(OPS))
 def test_every_backend_has_its_line(name, capability, pretend_gpu):

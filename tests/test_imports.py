@@ -24,6 +24,7 @@ LAYERS = (
         "weight_layouts",
         "prepared_weights",
         "contracts",
+        "schemas",
         "capture",
         "tables",
         "replay",

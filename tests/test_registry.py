@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import pickle
 import sys
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from torch_fp4ops import replay
+from torch_fp4ops.capture import FirstUseInCapture
 from torch_fp4ops.contracts import Call, Out
 from torch_fp4ops.registry import OPS, op
 from torch_fp4ops.selection import BackendUnavailable, Preference, set_backend
@@ -213,6 +215,8 @@ def test_one_function_as_several_backends():
     try:
         assert scale(x, backend="one")[0, 0] == 2
         assert scale(x, backend="flashinfer_two")[0, 0] == 3
+        with pytest.raises(ValueError, match="backend is 'flashinfer_reference'"):  # which is no library's
+            scale(x, backend="flashinfer_reference")
         with set_backend("two"):
             assert scale(x)[0, 0] == 3
     finally:
@@ -261,6 +265,11 @@ class TestAutograd:
             (out.sum() + leaf.sum()).backward()
         assert leaf.grad is None
 
+    def test_transforms_that_differentiate_raise(self):
+        for transform in (torch.func.grad, torch.func.jacrev):
+            with pytest.raises(NotImplementedError, match="_test_scale has no backward.*no_grad"):
+                transform(lambda t: scale(t, backend="reference").sum())(x)
+
     def test_integer_outputs_refuse_inputs_that_require_grad(self):
         leaf = torch.ones(3, 4, requires_grad=True)
         with pytest.raises(NotImplementedError, match="_test_scale.*integer codes.*no_grad"):
@@ -302,7 +311,13 @@ class TestAutograd:
             assert torch.equal(frozen, x)
 
 
-def test_errors_pickle():
+@pytest.mark.parametrize("error", [BackendUnavailable("why"), FirstUseInCapture("kernel f would be compiled")])
+def test_errors_pickle(error):
     """Worker processes send exceptions home."""
-    error = pickle.loads(pickle.dumps(BackendUnavailable("why")))
-    assert str(error) == "why"
+    for again in (pickle.loads(pickle.dumps(error)), copy.copy(error)):
+        assert type(again) is type(error) and str(again) == str(error) and vars(again) == vars(error)
+
+
+def test_an_op_is_the_same_one_pickled_and_copied():
+    op = OPS["fp4_quantize"]
+    assert pickle.loads(pickle.dumps(op)) is op is copy.deepcopy(op)

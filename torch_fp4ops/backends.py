@@ -121,7 +121,11 @@ class WithBackends:
         if backend is not None:
             return backend
         self._load_backends()
-        backend = self._backends.get(name) or self._backends.get(_without_library(name))
+        backend = self._backends.get(name)
+        if backend is None:
+            backend = self._backends.get(_without_library(name))
+            if backend is not None and backend.trust is None:  # own code is no library's
+                backend = None
         if backend is not None:
             return backend
         if name in self.unimportable:

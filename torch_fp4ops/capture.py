@@ -1,11 +1,12 @@
-"""For CUDA graphs: which backends a capture took, and a refusal of first-time work within one."""
+"""For CUDA graphs: which backends a capture took, and a refusal of first-time work within one. For ``torch.compile``:
+what Dynamo must leave alone."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,7 +15,23 @@ if TYPE_CHECKING:
     from .contracts import Call
     from .selection import Decision
 
-__all__ = ["Decisions", "FirstUseInCapture", "capturing", "record_decisions", "refuse_first_use"]
+__all__ = ["Decisions", "FirstUseInCapture", "capturing", "record_decisions", "refuse_first_use", "untraced"]
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def untraced(function: _Function) -> _Function:
+    """What Dynamo neither traces nor compiles, and nothing that it calls, wherever it is called from.
+
+    For what the dispatcher calls. In a frame of the user's that Dynamo runs as it is, since a graph breaks in a loop,
+    say, it would compile frames below an op as well: the reference with Inductor's arithmetic, and launches of kernels.
+    """
+    try:
+        from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
+    except ImportError:  # private names; the public one takes time at each call
+        return torch.compiler.disable(function)
+    set_code_exec_strategy(function.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP))
+    return function
 
 
 class FirstUseInCapture(RuntimeError):
@@ -30,6 +47,9 @@ class FirstUseInCapture(RuntimeError):
             message = f"torch.ops.fp4.{call.op_name}, backend {backend!r}: {message}, for {describe(call)}"
         hint = "Warm it up with these shapes before the capture: torch_fp4ops.cuda_graphs.warmup(function, [arguments])"
         super().__init__(f"{message}. {hint}")
+
+    def __reduce__(self) -> tuple[Any, ...]:  # as worker processes send it home, with its message made
+        return RuntimeError.__new__, (type(self), *self.args), self.__dict__
 
 
 def refuse_first_use(work: str) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-__all__ = ["INFERENCE_ONLY", "NoBackward", "any_requires_grad", "refuse_tangents"]
+__all__ = ["INFERENCE_ONLY", "NoBackward", "any_requires_grad", "refuse_tangents", "refuse_transforms"]
 
 INFERENCE_ONLY = "These ops are for inference: use torch.no_grad() or torch.inference_mode(), or detach() the input."
 
@@ -36,6 +36,17 @@ def refuse_tangents(op_name: str, arguments: Iterable[Any]) -> None:
             )
 
 
+def refuse_transforms(op_name: str, tensors: Iterable[Tensor]) -> None:
+    """Raise NotImplementedError if one is what ``torch.func.grad`` or ``vjp`` differentiates by, which
+    :class:`NoBackward` cannot be given."""
+    if any(torch._C._functorch.is_gradtrackingtensor(t) for t in tensors):
+        raise NotImplementedError(_without_backward(op_name))
+
+
+def _without_backward(op_name: str) -> str:
+    return f"torch.ops.fp4.{op_name} has no backward. {INFERENCE_ONLY}"
+
+
 class NoBackward(torch.autograd.Function):
     """Gives the outputs a grad_fn that raises, so that backward never yields silent zeros."""
 
@@ -54,7 +65,7 @@ class NoBackward(torch.autograd.Function):
 
 
 def _backward_unavailable(grad: Tensor, shape: Any, dtype: Any, device: Any, op_name: str) -> Tensor:
-    raise NotImplementedError(f"torch.ops.fp4.{op_name} has no backward. {INFERENCE_ONLY}")
+    raise NotImplementedError(_without_backward(op_name))
 
 
 _LIBRARY.define(

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from .capture import refuse_first_use
 from .codecs import as_bytes
 from .contracts import Call
-from .registry import OPS, Op
+from .registry import Op, find_op
 from .testing.samples import Sample, samples
 
 __all__ = ["OFFLINE_VARIABLE", "Probed", "prepare", "probe"]
@@ -124,10 +124,7 @@ def prepare(op: Op | str, backend: str, device: torch.device | str = "cuda") -> 
     Raises:
         ValueError: the op or backend does not exist.
     """
-    if isinstance(op, str):
-        if op not in OPS:
-            raise ValueError(f"prepare: there is no op {op!r}; the ops are {', '.join(sorted(OPS))}")
-        op = OPS[op]
+    op = find_op(op, "prepare")
     found = op.find_backend(backend, "prepare")
     device = torch.device(device)
     if device.type == "cuda" and device.index is None:

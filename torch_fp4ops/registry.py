@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -18,14 +17,15 @@ from torch.utils._pytree import tree_leaves
 
 from . import replay
 from .backends import Backend, WithBackends
-from .capture import FirstUseInCapture, capturing, recorders
+from .capture import FirstUseInCapture, capturing, recorders, untraced
 from .codecs import as_bytes, is_native
 from .contracts import Call, Out
-from .no_backward import INFERENCE_ONLY, NoBackward, any_requires_grad, refuse_tangents
+from .no_backward import INFERENCE_ONLY, NoBackward, any_requires_grad, refuse_tangents, refuse_transforms
 from .replay import Plan, Trace, kind_of
+from .schemas import in_place_of_none, with_none_for_defaults
 from .selection import Decision, Preference, choose, overridden, requested
 
-__all__ = ["OPS", "Backend", "Op", "op"]
+__all__ = ["OPS", "Backend", "Op", "find_op", "op"]
 
 OPS: dict[str, Op] = {}
 """Every registered op by name."""
@@ -68,16 +68,12 @@ class Op(WithBackends):
         self._known: dict[tuple[Any, ...], tuple[Plan | Callable[..., Any], list[int]]] = {}
         """By kind of call, how it is carried out and which of its tensors are written."""
 
-        _LIBRARY.define(f"{self.name}{_with_none_for_defaults(self.schema)}", tags=_TAGS)
+        _LIBRARY.define(f"{self.name}{with_none_for_defaults(self.schema)}", tags=_TAGS)
         self.default = getattr(torch.ops.fp4, self.name).default
         arguments = self.default._schema.arguments
         self._names = tuple(a.name for a in arguments)
         self._defaults = {n: p.default for n, p in self.signature.parameters.items() if p.default is not p.empty}
-        self._for_none = tuple(
-            (i, a.name, self._defaults[a.name])
-            for i, a in enumerate(arguments)
-            if a.has_default_value() and a.default_value is None and self._defaults[a.name] is not None
-        )
+        self._for_none = in_place_of_none(arguments, self._defaults)
         self._tensor_names = tuple(a.name for a in arguments if "Tensor" in str(a.type))
         self._may_be_none = frozenset(a.name for a in arguments if "Optional" in str(a.type))
         _LIBRARY.impl(self.name, self._run, "CompositeExplicitAutograd")
@@ -85,6 +81,11 @@ class Op(WithBackends):
         torch.library.register_fake(f"fp4::{self.name}", self._fake, lib=_LIBRARY)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        args, kwargs = self._with_bytes(args, kwargs)
+        return self.default(*args, **kwargs)
+
+    def _with_bytes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments with those of native dtypes viewed as bytes."""
         given = {**dict(zip(self._names, args, strict=False)), **kwargs}
         for name in self._byte_arguments:
             argument = given.get(name)
@@ -95,7 +96,10 @@ class Op(WithBackends):
                 else:
                     i = self._names.index(name)
                     args = (*args[:i], as_given, *args[i + 1 :])
-        return self.default(*args, **kwargs)
+        return args, kwargs
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return find_op, (self.name, "pickle")
 
     def __repr__(self) -> str:
         return f"torch.ops.fp4.{self.name}{self.schema}"
@@ -150,8 +154,18 @@ class Op(WithBackends):
         return self.contract(call)
 
     def check(self, *args: Any, **kwargs: Any) -> Call:
-        """Validate a call exactly as running it would, without running it."""
-        return self._check(args, kwargs)
+        """Validate a call exactly as running it would, without running it.
+
+        Raises TypeError where torch's schema would refuse the arguments: one too many, unknown or missing.
+        """
+        return self._check(*self._bound(args, kwargs))
+
+    def _bound(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        try:
+            self.signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise TypeError(f"torch.ops.fp4.{self.name}: {error}; its arguments are {self.signature}") from None
+        return self._with_bytes(args, kwargs)
 
     def _check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         call = self._bind(args, kwargs)
@@ -160,6 +174,7 @@ class Op(WithBackends):
             self._check_values(call)
         return call
 
+    @untraced
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         first = args[0] if args else kwargs[self._names[0]]
         if first is None:
@@ -275,12 +290,14 @@ class Op(WithBackends):
             return torch.empty(promised.shape, dtype=promised.dtype, device=call.device)
         return tuple(torch.empty(o.shape, dtype=o.dtype, device=call.device) for o in promised)
 
+    @untraced
     def _run_with_autograd(self, keyset: Any, *args: Any, **kwargs: Any) -> Any:
         if forward_ad._current_level >= 0:
             refuse_tangents(self.name, tree_leaves((args, kwargs)))
         if torch.is_grad_enabled() and (any_requires_grad(args) or (kwargs and any_requires_grad(kwargs.values()))):
             self._require_a_floating_output(args, kwargs)
             needing = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.requires_grad]
+            refuse_transforms(self.name, needing)
             return NoBackward.apply(self.name, lambda: self._below_autograd(keyset, args, kwargs), *needing)
         if keyset.raw_repr() in _straight_to_kernel:
             return self._run(*args, **kwargs)
@@ -315,7 +332,8 @@ class Op(WithBackends):
 
     def run_backend(self, name: str, *args: Any, **kwargs: Any) -> Any:
         """Run one backend past selection, with the op's validation: for tests and benchmarks."""
-        self.check(*args, **kwargs)
+        args, kwargs = self._bound(args, kwargs)
+        self._check(args, kwargs)
         return self.find_backend(name, "run_backend").run(*args, **kwargs)
 
     def preferences_on(self, device: torch.device) -> tuple[Preference, ...]:
@@ -353,20 +371,19 @@ def op(
     return register
 
 
+def find_op(op: Any, asked_by: str) -> Op:
+    """The op of a name, of ``torch.ops.fp4.<name>``, or an op itself. Raises ValueError if there is none."""
+    if isinstance(op, Op):
+        return op
+    name = str(op).removeprefix("fp4.").removesuffix(".default")
+    if name not in OPS:
+        raise ValueError(f"{asked_by}: there is no op {name!r}; the ops are {', '.join(sorted(OPS))}")
+    return OPS[name]
+
+
 _straight_to_kernel: set[int] = set()
 _warned: set[str] = set()
 _MOST_KINDS = 1 << 12
-
-
-def _with_none_for_defaults(schema: str) -> str:
-    """The schema with None as the default where AOTInductor loses another one.
-
-    It hands a dtype that is left out on as a number, and a keyword-only int that is left out to the call but not to
-    the callee; both are refused when the package is loaded or run.
-    """
-    positional, star, keyword_only = schema.partition(" *,")
-    keyword_only = re.sub(r"SymInt (\w+)=-?\d+", r"SymInt? \1=None", keyword_only)
-    return re.sub(r"ScalarType (\w+)=\w+", r"ScalarType? \1=None", positional + star + keyword_only)
 
 
 def _warn_reference(op_name: str, reasons: str) -> None:

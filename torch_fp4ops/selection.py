@@ -217,21 +217,18 @@ def explain(op: Op | str | Any, *args: Any, **kwargs: Any) -> str:
     """A few lines of text: which backend the op would take for these arguments, why not each other one, and what the
     preferences of ``"auto"`` rest on.
 
-    ``op`` is a name or the op itself. The arguments are the op's own; they are checked as the op would check them,
-    and nothing is launched. Given what ``record_decisions`` or ``piecewise`` (of ``torch_fp4ops.cuda_graphs``)
-    returned, and no arguments: which backends were taken when that was captured.
+    ``op`` is a name, the op itself or ``torch.ops.fp4.<name>``. The arguments are the op's own; they are checked as the
+    op would check them, and nothing is launched. Given what ``record_decisions`` or ``piecewise`` (of
+    ``torch_fp4ops.cuda_graphs``) returned, and no arguments: which backends were taken when that was captured.
     """
-    from .registry import OPS
+    from .registry import find_op
 
     if isinstance(op, Decisions):
         return str(op)
     if not isinstance(op, str) and hasattr(op, "decisions"):
         sizes = [f"size {size}:\n{textwrap.indent(str(taken), '  ')}" for size, taken in sorted(op.decisions.items())]
         return "\n".join(sizes) or "nothing has been captured yet"
-    if isinstance(op, str):
-        if op not in OPS:
-            raise ValueError(f"explain: there is no op {op!r}; the ops are {', '.join(sorted(OPS))}")
-        op = OPS[op]
+    op = find_op(op, "explain")
     call = op.check(*args, **kwargs)
     title, chosen, named = f"{op.name} on {_described(call.device)}", "", True
     try:

@@ -95,7 +95,7 @@ def check_sequences(call: Call, longest: int) -> None:
     shortest, most = (int(n) for n in call.seq_lens.aminmax())
     call.require(shortest >= 0 and most <= longest, "seq_lens", f"{shortest} to {most}", f"0 to {longest}")
     page, pages = page_size(call.k_cache, call.kv_layout), call.k_cache.shape[0]
-    first_tokens = torch.arange(call.block_tables.shape[1]) * page
+    first_tokens = torch.arange(call.block_tables.shape[1], device=call.device) * page
     used = call.block_tables[first_tokens < call.seq_lens.unsqueeze(1)]
     if used.numel():
         low, high = (int(n) for n in used.aminmax())
