@@ -102,6 +102,8 @@ def moe_by_meaning(given: dict[str, Any]) -> list[torch.Tensor]:
         assert given["fc1_expert_weights"].shape[2] % 8 == given["fc2_expert_weights"].shape[2] % 8 == 0
     assert (given["fc1_expert_biases"] is None) is (given["fc2_expert_biases"] is None)
     assert given["token_selected_experts"].dtype == torch.int32
+    for name in ("token_selected_experts", "token_final_scales", "swiglu_alpha", "swiglu_beta", "swiglu_limit"):
+        assert given[name] is None or given[name].is_contiguous(), name
     for i, t in enumerate(given["quant_scales"]):
         if t.dtype != torch.int32:  # a factor: without a dimension only where it is an activation's
             assert t.dim() == 1 or (i in ((2,) if four_bit else (0, 3)) and not eight_bit)

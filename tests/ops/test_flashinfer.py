@@ -352,6 +352,33 @@ def test_parameters_that_an_activation_has_no_use_for_are_left_out(pretend):
     assert not any(calls[-1][1][name] is not None for name in numbers)
 
 
+def test_flashinfer_is_handed_what_its_kernels_read_without_asking(pretend):
+    """Experts' ids and parameters without gaps, whole sixteen bits of codes."""
+    calls = pretend(90)
+    sample = next(s for s in samples(cutlass_fused_moe) if s.name == "w4a16-mxfp4-flashinfer")
+    x, ids, *others = sample.args
+    gaps = {name: t.repeat_interleave(2)[::2] for name, t in sample.kwargs.items() if name.startswith("swiglu")}
+    assert gaps and not any(t.is_contiguous() for t in gaps.values())
+    wanted = cutlass_fused_moe(*sample.args, **sample.kwargs, backend="reference")
+    for given in (ids.T.contiguous().T, ids.repeat(1, 2)[:, : ids.shape[1]], ids.long().T.contiguous().T):
+        out = cutlass_fused_moe(x, given, *others, **{**sample.kwargs, **gaps}, backend="flashinfer")
+        assert not given.is_contiguous() and torch.equal(out, wanted)
+    dequantize = OPS["nvfp4_kv_dequantize"]
+    odd, *rest = torch.arange(33).byte()[1:].view(4, 8), torch.full((4, 1), 0x38, dtype=torch.uint8), torch.ones(1)
+    assert odd.data_ptr() % 2
+    assert torch.equal(dequantize(odd, *rest, backend="flashinfer"), dequantize(odd, *rest, backend="reference"))
+    assert calls[-1][1]["fp4_data"].data_ptr() % 2 == 0
+
+
+def test_flashinfer_s_dequantiser_counts_in_32_bits(pretend):
+    pretend(90)
+    op = OPS["nvfp4_kv_dequantize"]
+    for rows, reason in (((1 << 24) - 1, None), (1 << 24, "counts elements in 32 bits")):
+        codes, scales = (torch.empty(rows, k, dtype=torch.uint8, device="meta") for k in (64, 8))
+        call = op.check(codes, scales, torch.ones(1, device="meta"))
+        assert op.find_backend("flashinfer", "test").unsupported(call) == (reason and f"FlashInfer's kernel {reason}")
+
+
 def test_moe_reasons(pretend):
     by_name = {s.name: s for s in samples(cutlass_fused_moe)}
 

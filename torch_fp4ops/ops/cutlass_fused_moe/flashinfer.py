@@ -121,7 +121,7 @@ def cutlass_fused_moe_flashinfer(
         swiglu_limit = swiglu_limit if activation == "SwigluStep" else None
     outputs: list[Tensor] = _flashinfer.function("cutlass_fused_moe")(
         input=input.contiguous(),
-        token_selected_experts=token_selected_experts.int(),
+        token_selected_experts=token_selected_experts.int().contiguous(),  # it checks no strides
         token_final_scales=token_final_scales.contiguous(),
         fc1_expert_weights=fc1_expert_weights.view(payload),
         fc2_expert_weights=fc2_expert_weights.view(payload),
@@ -130,9 +130,9 @@ def cutlass_fused_moe_flashinfer(
         fc1_expert_biases=_bias(fc1_expert_biases, output_dtype),
         fc2_expert_biases=_bias(fc2_expert_biases, output_dtype),
         input_sf=input_sf,
-        swiglu_alpha=swiglu_alpha,
-        swiglu_beta=swiglu_beta,
-        swiglu_limit=swiglu_limit,
+        swiglu_alpha=_dense(swiglu_alpha),
+        swiglu_beta=_dense(swiglu_beta),
+        swiglu_limit=_dense(swiglu_limit),
         tp_size=tp_size,
         tp_rank=tp_rank,
         ep_size=ep_size,
@@ -154,6 +154,10 @@ def _scale(name: str, t: Tensor) -> Tensor:
     if t.dtype == torch.uint8:
         return t.view(torch.int32)
     return t.reshape(()) if name.endswith("_act_global") and t.numel() == 1 else t.contiguous()
+
+
+def _dense(t: Tensor | None) -> Tensor | None:
+    return t if t is None else t.contiguous()
 
 
 def _bias(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -23,6 +23,8 @@ KERNELS = {
 def _unsupported(call: Call, name: str) -> str | None:
     if call.output_dtype == torch.float32:
         return "FlashInfer gives bfloat16 and float16, not float32"
+    if call.fp4_data.numel() >= 1 << 30:  # two elements a byte
+        return "FlashInfer's kernel counts elements in 32 bits"
     return "FlashInfer's kernel needs a row" if not call.fp4_data.numel() else None
 
 
@@ -35,8 +37,9 @@ def nvfp4_kv_dequantize_flashinfer(
     *,
     backend: str = "auto",
 ) -> Tensor:
+    codes = fp4_data.flatten(0, -2).contiguous()
     out = _flashinfer.function("nvfp4_kv_dequantize")(
-        fp4_data=fp4_data.flatten(0, -2).contiguous(),
+        fp4_data=codes.clone() if codes.data_ptr() % 2 else codes,  # it loads two bytes at a time
         block_scales=block_scales.flatten(0, -2).contiguous(),
         global_scale=global_scale.reshape(1),
         output_dtype=output_dtype,

@@ -1,7 +1,7 @@
 """nvfp4_kv_quantize_store by FlashInfer: NVFP4, compute capability 8.0 and later.
 
 Its kernel rounds in software, so it is not bound to the hardware of 10.0. Like the op it skips slots that are negative
-or past the cache's end.
+or past the cache's end. A NaN it stores as zero, where the op makes its block NaN; finite values are exact.
 """
 
 from __future__ import annotations
