@@ -187,7 +187,7 @@ def _multiply(d, s, out, sums, alpha, M, N, tiles_m, tiles_n, TRIPS, each, more,
             if PART > 0:
                 give_shared(acc0, acc1, s, turn, PART, SUB, C)
             else:
-                acc0, acc1 = add_shared(acc0, acc1, s, turn, ACC, ACC1, SUB, C)
+                acc0, acc1 = add_shared(acc0, acc1, s, turn, SUB, C)
             turn = turn ^ 1
         if C.CLUSTER > 1:
             wait_for_boxes()
@@ -287,8 +287,8 @@ def matmul_kernel(
             result1 = gl.allocate_shared_memory(out.dtype.element_ty, [SUBS, REST, 64], out_desc.layout)
             s = s + (result1,)  # type: ignore[assignment]  # noqa: RUF005
     if KW > 1:
-        SWIZZLED: gl.constexpr = gl.SwizzledSharedLayout(2, 1, 4, [1, 0])
-        parts = gl.allocate_shared_memory(gl.float32, [SUBS * (KW - 1), 64, TOP], SWIZZLED)
+        IN_ORDER: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+        parts = gl.allocate_shared_memory(gl.float32, [SUBS * (KW - 1), TOP // 8, 512], IN_ORDER)
         given = gl.allocate_shared_memory(gl.int64, [SUBS, 1], mbarrier.MBarrierLayout())
         taken = gl.allocate_shared_memory(gl.int64, [SUBS, 1], mbarrier.MBarrierLayout())
         for i in gl.static_range(SUBS):
@@ -296,7 +296,7 @@ def matmul_kernel(
             mbarrier.init(taken.index(i), count=1)
         s = s + (parts, given, taken)  # type: ignore[assignment]  # noqa: RUF005
         if REST:
-            parts1 = gl.allocate_shared_memory(gl.float32, [SUBS * (KW - 1), 64, REST], SWIZZLED)
+            parts1 = gl.allocate_shared_memory(gl.float32, [SUBS * (KW - 1), REST // 8, 512], IN_ORDER)
             s = s + (parts1,)  # type: ignore[assignment]  # noqa: RUF005
     fence_async_shared()
     if CLUSTER > 1:

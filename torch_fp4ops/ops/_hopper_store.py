@@ -65,27 +65,44 @@ def store_part(to, acc, ROWS: gl.constexpr, ACC: gl.constexpr):
 
 
 @gluon.jit
+def _by_thread(acc):
+    """Sums of a warp group so that each thread's are fours in a row, for shared memory."""
+    COLS: gl.constexpr = acc.shape[1]
+    parts = acc.reshape([4, 2, 8, COLS // 8, 4, 2])  # warp, half, g | of eight, t, pair
+    return parts.permute((3, 0, 2, 4, 1, 5)).reshape([COLS // 8, 512])
+
+
+@gluon.jit
+def _add_shared(acc, part):
+    mine = _by_thread(acc)
+    ACC: gl.constexpr = acc.type.layout
+    THREAD: gl.constexpr = mine.type.layout
+    both = (mine + part.load(THREAD)).reshape([acc.shape[1] // 8, 4, 8, 4, 2, 2])
+    return gl.convert_layout(both.permute((1, 4, 2, 0, 3, 5)).reshape(acc.shape), ACC, assert_trivial=True)
+
+
+@gluon.jit
 def give_shared(acc0, acc1, s, turn, PART: gl.constexpr, SUB: gl.constexpr, C: gl.constexpr):
     """Sums of a warp group that shares a tile and is not the first, to that one."""
     AT: gl.constexpr = C.FIRST_SHARED
     mbarrier.wait(s[AT + 2].index(SUB), turn ^ 1)
-    s[AT].index(SUB * (C.KW - 1) + PART - 1).store(acc0)
+    s[AT].index(SUB * (C.KW - 1) + PART - 1).store(_by_thread(acc0))
     if C.REST:
-        s[AT + 3].index(SUB * (C.KW - 1) + PART - 1).store(acc1)
+        s[AT + 3].index(SUB * (C.KW - 1) + PART - 1).store(_by_thread(acc1))
     warp_group_barrier()
     mbarrier.arrive(s[AT + 1].index(SUB))
 
 
 @gluon.jit
-def add_shared(acc0, acc1, s, turn, ACC: gl.constexpr, ACC1: gl.constexpr, SUB: gl.constexpr, C: gl.constexpr):
+def add_shared(acc0, acc1, s, turn, SUB: gl.constexpr, C: gl.constexpr):
     """What the others give, added to the first one's."""
     AT: gl.constexpr = C.FIRST_SHARED
     OTHERS: gl.constexpr = C.KW - 1
     mbarrier.wait(s[AT + 1].index(SUB), turn)
     for i in gl.static_range(OTHERS):
-        acc0 += s[AT].index(SUB * OTHERS + i).load(ACC)
+        acc0 = _add_shared(acc0, s[AT].index(SUB * OTHERS + i))
         if C.REST:
-            acc1 += s[AT + 3].index(SUB * OTHERS + i).load(ACC1)
+            acc1 = _add_shared(acc1, s[AT + 3].index(SUB * OTHERS + i))
     warp_group_barrier()
     mbarrier.arrive(s[AT + 2].index(SUB))
     return acc0, acc1
