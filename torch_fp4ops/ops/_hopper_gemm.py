@@ -299,10 +299,10 @@ def matmul_kernel(
             parts1 = gl.allocate_shared_memory(gl.float32, [SUBS * (KW - 1), REST // 8, 512], IN_ORDER)
             s = s + (parts1,)  # type: ignore[assignment]  # noqa: RUF005
     fence_async_shared()
+    load_first(d, s, M, tiles_m, tiles_n, TRIPS, C)
     if CLUSTER > 1:
         open_boxes(C)
-    load_first(d, s, M, tiles_m, tiles_n, TRIPS, C)
-    if CLUSTER > 1:  # all warps have to arrive, also those that fill the loading one's group
+        # All warps have to arrive, also those that fill the loading one's group.
         gl.warp_specialize([
             (_group0, (d, s, out, sums, alpha, M, N, tiles_m, tiles_n, TRIPS, each, more, C)),
             (_group1, (d, s, out, sums, alpha, M, N, tiles_m, tiles_n, TRIPS, each, more, C)),
