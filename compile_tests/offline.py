@@ -100,6 +100,9 @@ def hopper_cases() -> Iterator[Wanted]:
             if case.constants.get("CLUSTER", 1) > 1:
                 has += (r"st\.async\.weak\.shared::cluster",)
                 has_not += (r"(?s)%tid\.x.*%tid\.x.*%tid\.x",)  # see _hopper_cluster._threads
+                has_not += (r"cluster\.arrive\.release",)  # which waits for writes
+            if case.constants.get("KW", 1) > 1:
+                has += (r"st\.shared\.v4",)  # sums of a warp group, without bank conflicts
         yield Wanted(case, ("sm_90",), has, has_not)
 
 

@@ -66,14 +66,18 @@ def store_part(to, acc, ROWS: gl.constexpr, ACC: gl.constexpr):
 
 @gluon.jit
 def _by_thread(acc):
-    """Sums of a warp group so that each thread's are fours in a row, for shared memory."""
+    """Sums of a warp group as [columns / 8, 512], fours of a thread in a row.
+
+    Shared memory takes those without bank conflicts. Rows and columns as they are have eight rows in the same banks.
+    """
     COLS: gl.constexpr = acc.shape[1]
-    parts = acc.reshape([4, 2, 8, COLS // 8, 4, 2])  # warp, half, g | of eight, t, pair
+    parts = acc.reshape([4, 2, 8, COLS // 8, 4, 2])  # warp, upper or lower, g | column / 8, t, of pair
     return parts.permute((3, 0, 2, 4, 1, 5)).reshape([COLS // 8, 512])
 
 
 @gluon.jit
-def _add_shared(acc, part):
+def _with_part(acc, part):
+    """The sum of a warp group's and what another one stored ``_by_thread``."""
     mine = _by_thread(acc)
     ACC: gl.constexpr = acc.type.layout
     THREAD: gl.constexpr = mine.type.layout
@@ -100,9 +104,9 @@ def add_shared(acc0, acc1, s, turn, SUB: gl.constexpr, C: gl.constexpr):
     OTHERS: gl.constexpr = C.KW - 1
     mbarrier.wait(s[AT + 1].index(SUB), turn)
     for i in gl.static_range(OTHERS):
-        acc0 = _add_shared(acc0, s[AT].index(SUB * OTHERS + i))
+        acc0 = _with_part(acc0, s[AT].index(SUB * OTHERS + i))
         if C.REST:
-            acc1 = _add_shared(acc1, s[AT + 3].index(SUB * OTHERS + i))
+            acc1 = _with_part(acc1, s[AT + 3].index(SUB * OTHERS + i))
     warp_group_barrier()
     mbarrier.arrive(s[AT + 2].index(SUB))
     return acc0, acc1
