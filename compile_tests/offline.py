@@ -42,7 +42,7 @@ TOUCHES_MEMORY = re.compile(r"(?:ld|st|atom|red)\.\S*global|cp\.async|prefetch(?
 SPILLED_LATER = {
     ("hopper-nvfp4-bf16-bf16-256x128-stream-4x1-1", "sm_90"): 208,
     ("hopper-nvfp4-bf16-bf16-64x128-stream-4x2-2", "sm_90"): 56,
-    ("hopper-mxfp8-bf16-bf16-64x128-once-3x2-2-rows32", "sm_90"): 8,
+    ("hopper-mxfp8-bf16-bf16-64x128-once-rows-3x2-2-by32", "sm_90"): 8,
     ("moe-mxfp8-mxfp4-128x4-sm90-16x64x64", "sm_90"): 8,
     **dict.fromkeys((("moe-mxfp8-mxfp4-128x4-sm100-16x64x64", f"sm_{cc}") for cc in (100, 103)), 12),
     **dict.fromkeys((("moe-route-32", f"sm_{cc}") for cc in (90, 100, 103)), 4),

@@ -35,11 +35,11 @@ __all__ = ["matmul_kernel"]
 
 @gluon.constexpr_function
 def _plan(
-    FMT, HALF, BM, X_ROWS, R, KW, KS, STAGES, AHEAD, STREAM, CLUSTER, SUM_EARLY, ONCE, TMA_STORE, BAND, ALPHA, FACTOR,
+    FMT, HALF, BM, X_ROWS, R, KW, KS, STAGES, AHEAD, STREAM, CLUSTER, SUM_EARLY, ONCE, STORE, BAND, ALPHA, FACTOR,
     REGISTERS,
 ):  # fmt: skip
     return Plan(
-        FMT, HALF, BM, X_ROWS, R, KW, KS, STAGES, AHEAD, STREAM, CLUSTER, SUM_EARLY, ONCE, TMA_STORE, BAND, ALPHA,
+        FMT, HALF, BM, X_ROWS, R, KW, KS, STAGES, AHEAD, STREAM, CLUSTER, SUM_EARLY, ONCE, STORE, BAND, ALPHA,
         FACTOR, REGISTERS,
     )  # fmt: skip
 
@@ -213,9 +213,7 @@ def _multiply(d, s, out, sums, alpha, M, N, tiles_m, tiles_n, TRIPS, each, more,
                     first1 += rank * (REST // C.CLUSTER)
             if C.TMA_STORE:
                 tma.store_wait(0)
-                place = free_place(s, ahead, phase, SUB, C)
-            else:
-                place = 0
+            place = free_place(s, ahead, phase, SUB, C)
             AT: gl.constexpr = C.FIRST_RESULT
             store(acc0, first, row, place, d, s, out, alpha, factor, M, N, AT, 0, C)
             if C.R == 2:
@@ -244,7 +242,7 @@ def matmul_kernel(
     x_desc, codes_desc, scales_desc, out_desc, out, sums, alpha, M, N, tiles_m, tiles_n, TRIPS, each, more,
     FMT: gl.constexpr, HALF: gl.constexpr, BM: gl.constexpr, X_ROWS: gl.constexpr, R: gl.constexpr,
     KW: gl.constexpr, KS: gl.constexpr, STAGES: gl.constexpr, AHEAD: gl.constexpr, STREAM: gl.constexpr,
-    CLUSTER: gl.constexpr, SUM_EARLY: gl.constexpr, ONCE: gl.constexpr, TMA_STORE: gl.constexpr, BAND: gl.constexpr,
+    CLUSTER: gl.constexpr, SUM_EARLY: gl.constexpr, ONCE: gl.constexpr, STORE: gl.constexpr, BAND: gl.constexpr,
     ALPHA: gl.constexpr, FACTOR: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """``out = (x @ w.T) * alpha``; N is a multiple of 128, TRIPS times KW times 256 the padded K.
@@ -252,7 +250,7 @@ def matmul_kernel(
     Descriptors have the blocks of ``_hopper_launch``; ``sums`` is ``[programs, 2, SUBS, BM, 64]`` float32 with STREAM.
     """
     C: gl.constexpr = _plan(
-        FMT, HALF, BM, X_ROWS, R, KW, KS, STAGES, AHEAD, STREAM, CLUSTER, SUM_EARLY, ONCE, TMA_STORE, BAND, ALPHA,
+        FMT, HALF, BM, X_ROWS, R, KW, KS, STAGES, AHEAD, STREAM, CLUSTER, SUM_EARLY, ONCE, STORE, BAND, ALPHA,
         FACTOR, REGISTERS,
     )  # fmt: skip
     SUBS: gl.constexpr = C.SUBS
@@ -275,16 +273,16 @@ def matmul_kernel(
     # Behind these five come x of second accumulators, results, and what KW needs, those that there are.
     s = (xs, codes, scales, full, empty)
     d = (x_desc, codes_desc, scales_desc)
-    if TMA_STORE:
+    if C.TMA_STORE:
         d = d + (out_desc,)  # type: ignore[assignment]  # noqa: RUF005
     if REST:
         xs1 = gl.allocate_shared_memory(TYPE, [SLOTS, REST, 64], x_desc.layout)
         s = s + (xs1,)  # type: ignore[assignment]  # noqa: RUF005
     if C.RESULTS_APART:
-        result = gl.allocate_shared_memory(out.dtype.element_ty, [SUBS, TOP, 64], out_desc.layout)
+        result = gl.allocate_shared_memory(out.dtype.element_ty, [SUBS, TOP, 64], x_desc.layout)
         s = s + (result,)  # type: ignore[assignment]  # noqa: RUF005
         if REST:
-            result1 = gl.allocate_shared_memory(out.dtype.element_ty, [SUBS, REST, 64], out_desc.layout)
+            result1 = gl.allocate_shared_memory(out.dtype.element_ty, [SUBS, REST, 64], x_desc.layout)
             s = s + (result1,)  # type: ignore[assignment]  # noqa: RUF005
     if KW > 1:
         IN_ORDER: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])

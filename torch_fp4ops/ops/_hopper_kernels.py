@@ -90,16 +90,19 @@ def tile_plan(
         CLUSTER=way.CLUSTER,
         SUM_EARLY=False,
         ONCE=way.ONCE or way.CLUSTER > 1,
-        # The others are stored by threads: few rows and tiles in parts gain little, and float32 has no room.
-        TMA_STORE=way.BM // way.CLUSTER >= 48 and (way.R == 2 or not way.STREAM) and out_dtype != torch.float32,
+        STORE=0,
         BAND=way.BAND,
         ALPHA=alpha_form,
         FACTOR=FACTORS[fmt],
         REGISTERS=REGISTERS[way.RESIDENT][1],
     )
+    # Few rows and tiles in parts gain little by shared memory, and float32 has no room.
+    if (way.BM >= 64 or way.CLUSTER > 1) and (way.R == 2 or not way.STREAM) and out_dtype != torch.float32:
+        # A program's last results wait for TMA longer than threads need for them, the others for nobody.
+        plan = plan._replace(STORE=1 if plan.ONCE or one_tile else 2)
     if fmt == "mxfp8":
         # Weights are twice as large: as many stages as have room, which results of a program's one tile share.
-        once = plan.ONCE or (one_tile and plan.TMA_STORE and plan.SUBS == 2)
+        once = plan.ONCE or (one_tile and plan.STORE > 0 and plan.SUBS == 2)
         plan = plan._replace(KS=min(way.KS, 2), ONCE=once)
         room = SHARED_BYTES // way.RESIDENT - BARRIER_BYTES - plan.RESULT_BYTES
         most = room // plan.STAGE_BYTES // way.KW * way.KW

@@ -33,8 +33,9 @@ def offline_cases() -> Iterator[AotCase]:
     for way in WAYS:
         # A narrow way that streams does not where each program's share is a whole tile; one is another way then.
         for stream in (True, False) if way.STREAM and way.BM < 64 else (way.STREAM,):
-            case = _offline_case(way, "nvfp4", stream=stream)
-            tiles[case.name] = case
+            for one_tile in (False, True):
+                case = _offline_case(way, "nvfp4", stream=stream, one_tile=one_tile and not stream)
+                tiles[case.name] = case
     yield from tiles.values()
     once = next(way for way in WAYS if way.ONCE)
     alone = {(way.BM, way.rows, way.STREAM): way for way in WAYS if way.RESIDENT == way.CLUSTER == 1}
@@ -129,8 +130,8 @@ def _offline_case(
             constants[name] = None
     kind = f"{fmt}-{_TYPES[dtype]}-{_TYPES[out_dtype]}"
     tile = f"{way.BM}x{way.rows}{f'-kw{way.KW}' * (way.KW > 1)}{'-stream' * plan.STREAM}"
-    tile += f"{f'-cluster{plan.CLUSTER}' * (plan.CLUSTER > 1)}{'-once' * plan.ONCE}"
-    tile += f"-{plan.STAGES}x{plan.KS}-{way.RESIDENT}{f'-rows{plan.X_ROWS}' * (plan.X_ROWS < way.BM)}"
+    tile += f"{f'-cluster{plan.CLUSTER}' * (plan.CLUSTER > 1)}{'-once' * plan.ONCE}{('', '-rows', '-tma')[plan.STORE]}"
+    tile += f"-{plan.STAGES}x{plan.KS}-{way.RESIDENT}{f'-by{plan.X_ROWS}' * (plan.X_ROWS < way.BM)}"
     most = REGISTERS[way.RESIDENT][0]
     return AotCase(f"hopper-{kind}-{tile}", matmul_kernel, signature, constants, 128, ("N",), most)
 

@@ -55,7 +55,8 @@ class Plan(NamedTuple):
     """What adds parts up, so only with STREAM, may start once the last load is issued."""
     ONCE: bool
     """Each program has one tile, so that results can be where stages were."""
-    TMA_STORE: bool
+    STORE: int
+    """0: threads store results as they have them; else from shared memory, by rows: 1 threads, 2 TMA."""
     BAND: int
     """Tiles of BM rows that are worked on beside each other, for the L2 cache."""
     ALPHA: int
@@ -85,6 +86,10 @@ class Plan(NamedTuple):
     def ACCUMULATORS(self) -> int:
         """Of a tile of 64 weight rows."""
         return 2 if self.REST else 1
+
+    @property
+    def TMA_STORE(self) -> bool:
+        return self.STORE == 2
 
     @property
     def OUT_ROWS(self) -> int:
@@ -138,8 +143,8 @@ class Plan(NamedTuple):
 
     @property
     def RESULTS_APART(self) -> bool:
-        """Results that TMA stores have shared memory of their own."""
-        return self.TMA_STORE and not self.ONCE
+        """Results have shared memory of their own."""
+        return self.STORE > 0 and not self.ONCE
 
     @property
     def FIRST_RESULT(self) -> int:

@@ -14,8 +14,8 @@ __all__ = ["add_shared", "free_place", "give_shared", "row_factors", "store", "s
 
 @gluon.jit
 def free_place(s, ahead, phase, SUB: gl.constexpr, C: gl.constexpr):
-    """Where, among buffers of their own or the ring's, the results of 64 weight rows may wait for TMA to store them."""
-    if not C.ONCE:
+    """Where, among buffers of their own or the ring's, the results of 64 weight rows may be put in rows."""
+    if C.STORE == 0 or not C.ONCE:
         return SUB
     # Nothing is loaded any more into the stages after the last one that was looked at. Each is free once the loading
     # warp would find it so, since the other warp group may be multiplying what was there before.
@@ -31,7 +31,7 @@ def store(
     IN: gl.constexpr, RING: gl.constexpr, C: gl.constexpr,
 ):  # fmt: skip
     """Multiply sums of 64 weight rows from ``row`` on and rows of x from ``first`` on by the factor or by each row's,
-    round once and store them transposed; by TMA from ``place`` in buffers IN, which are the RING's with ONCE."""
+    round once and store them transposed, but for STORE 0 by way of ``place`` in buffers IN, with ONCE the RING's."""
     ROWS: gl.constexpr = acc.shape[1]
     ACC: gl.constexpr = acc.type.layout
     m = first + gl.arange(0, ROWS, gl.SliceLayout(0, ACC))
@@ -40,21 +40,28 @@ def store(
     else:
         acc = acc * factor
     value = acc.to(out.dtype.element_ty)
-    if C.TMA_STORE:
-        EACH: gl.constexpr = C.OUT_ROWS
+    if C.STORE == 0:
+        n = row + gl.arange(0, 64, gl.SliceLayout(1, ACC))
+        gl.store(out + (m.to(gl.int64) * N)[None, :] + n[:, None], value, mask=(m < M)[None, :])
+    else:
         if C.ONCE:
             # As a whole, and then a part of it: Triton 3.8 takes nothing else.
-            buffer = reinterpret(s[RING].index(place), d[3].dtype, [s[RING].shape[1], 64], d[3].layout)
+            buffer = reinterpret(s[RING].index(place), out.dtype.element_ty, [s[RING].shape[1], 64], d[0].layout)
             buffer = buffer.slice(0, ROWS, dim=0)
         else:
             buffer = s[IN].index(place)
         buffer.permute((1, 0)).store(value)
-        fence_async_shared()
-        for i in gl.static_range(ROWS // EACH):
-            async_store(d[3], [first + i * EACH, row], buffer.slice(i * EACH, EACH, dim=0))
-    else:
-        n = row + gl.arange(0, 64, gl.SliceLayout(1, ACC))
-        gl.store(out + (m.to(gl.int64) * N)[None, :] + n[:, None], value, mask=(m < M)[None, :])
+        if C.TMA_STORE:
+            EACH: gl.constexpr = C.OUT_ROWS
+            fence_async_shared()
+            for i in gl.static_range(ROWS // EACH):
+                async_store(d[3], [first + i * EACH, row], buffer.slice(i * EACH, EACH, dim=0))
+        else:
+            BY_ROW: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+            m = first + gl.arange(0, ROWS, gl.SliceLayout(1, BY_ROW))
+            n = row + gl.arange(0, 64, gl.SliceLayout(0, BY_ROW))
+            at = out + (m.to(gl.int64) * N)[:, None] + n[None, :]
+            gl.store(at, buffer.load(BY_ROW), mask=(m < M)[:, None])
 
 
 @gluon.jit
