@@ -242,6 +242,7 @@ PACKED = pack_hopper_weight(CODES, SCALES, NVFP4)
             r"weight is torch.uint8 of shape \(8, 128\); allowed: .*128",
         ),
         (unpack_hopper_weight, (PACKED[0], PACKED[1][:, :4]), r"scale is torch.uint8 of shape \(128, 4\); allowed"),
+        (unpack_hopper_weight, (PACKED[0][0, 0], PACKED[1]), r"weight is torch.uint8 of shape \(\); allowed"),
         (unpack_hopper_weight, (PACKED[0].int(), PACKED[1]), r"weight is torch.int32 of shape"),
     ],
 )

@@ -110,6 +110,13 @@ def test_only_the_device_of_a_weight_changes():
     assert weight.to("meta").scale.is_meta and weight.to(torch.device("cpu")).weight.dtype == torch.uint8
     with pytest.raises(ValueError, match=r"PreparedWeight.to: device is torch.bfloat16; allowed: a device"):
         weight.to(torch.bfloat16)
+    with pytest.raises(ValueError, match=r"PreparedWeight.to: device is 'float16'; allowed: a device"):
+        weight.to("float16")
+
+
+def test_weights_are_compared_by_identity():
+    weight, same = (prepare_fp4_weight(*quantized(N, K, 16), scale_layout="128x4") for _ in range(2))
+    assert weight != same and weight == weight and len({weight, same}) == 2
 
 
 def test_activations_that_do_not_fit_the_weight():
@@ -117,6 +124,8 @@ def test_activations_that_do_not_fit_the_weight():
     weight = prepare_fp4_weight(b, b_sf, "hopper", scale_layout="128x4")
     with pytest.raises(ValueError, match="a_descale is None with a of torch.uint8; allowed: the scales of a"):
         weight.mm(a)
+    with pytest.raises(ValueError, match=r"a is torch.float32; allowed: codes with their scales, or torch.bfloat16"):
+        weight.mm(values(0, M, K).float())
     with pytest.raises(ValueError, match="a is torch.bfloat16 with scales of a; allowed: 16 bits"):
         weight.mm(values(0, M, K), b_sf)
     mxfp8 = prepare_fp4_weight(*mxfp8_quantize(values(0, N, K)), "hopper", scale_layout="128x4")
@@ -249,6 +258,7 @@ GOOD = dict(zip(("weight", "scale"), quantized(N, K, 16, swizzled=False), strict
             "scale is torch.float8_e4m3fn; allowed: torch.uint8 or torch.float8_e8m0fnu for blocks of 32",
         ),
         ({"scale": GOOD["scale"].to("meta")}, "scale is device.*meta.*; allowed: cpu, where weight is"),
+        ({"block_size": 0}, r"block_size is 0; allowed: 16 \(NVFP4\) or 32"),
         ({"block_size": 64}, r"block_size is 64; allowed: 16 \(NVFP4\) or 32"),
     ],
 )
@@ -306,7 +316,7 @@ def test_padded_and_interleaved_experts_give_the_unpadded_result(biases):
         (0, lambda t: t.int(), "fc1 is torch.int32; allowed: torch.uint8"),
         (0, lambda t: t[:, 1:], r"fc1 is of shape \(3, 191, 80\); allowed: \(3, 192, 80\)"),
         (3, lambda t: t[..., :1], r"fc2_scale is of shape \(3, 160, 1\); allowed: \(3, 160, 3\)"),
-        (2, lambda t: t[0], r"fc1 is of shape .*by the shape of fc2"),
+        (2, lambda t: t[0], r"fc2 is of shape \(160, 48\); allowed: three dimensions"),
         (4, lambda t: t[:, 1:], r"fc1_bias is of shape \(3, 191\)"),
     ],
 )

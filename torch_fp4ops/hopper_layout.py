@@ -213,7 +213,7 @@ def unpack_hopper_weight(weight: Tensor, scale: Tensor, fmt: BlockFormat) -> tup
     Raises:
         ValueError: another dtype or shape.
     """
-    rows, k = weight.shape[0], weight.shape[-1] * fmt.elements_per_byte
+    rows, k = (weight.shape[0], weight.shape[1] * fmt.elements_per_byte) if weight.dim() == 2 else (1, 0)
     shapes = {"weight": (weight, (rows, k // fmt.elements_per_byte)), "scale": (scale, (rows, k // fmt.block_size))}
     for name, (t, shape) in shapes.items():
         if t.dtype != torch.uint8 or tuple(t.shape) != shape or rows % ROWS or k % COLUMNS:

@@ -35,7 +35,7 @@ _SCALE_COLUMNS = 4
 _ONE_AS_UE8M0 = 127
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # tensors have no one truth value to compare by
 class PreparedWeight:
     """A weight ``[n, k]`` as one layout of :func:`mm_fp4`, :func:`mm_bf16_fp4` or :func:`mm_mxfp8` stores it.
 
@@ -85,6 +85,9 @@ class PreparedWeight:
             given = f"{a.dtype} with " + ("MXFP8 weights" if mxfp8 else "scales of a")
             raise ValueError(f"PreparedWeight.mm: a is {given}; allowed: 16 bits for FP4 weights, without scales")
         if not sixteen_bits:
+            if a.dtype in (torch.float32, torch.float64):
+                allowed = "codes with their scales" + ("" if mxfp8 else ", or torch.bfloat16 or torch.float16")
+                raise ValueError(f"PreparedWeight.mm: a is {a.dtype}; allowed: {allowed}")
             if a_descale is None:
                 raise ValueError(f"PreparedWeight.mm: a_descale is None with a of {a.dtype}; allowed: the scales of a")
             fmt = MXFP8 if mxfp8 else NVFP4 if self.block_size == 16 else MXFP4
@@ -133,8 +136,10 @@ class PreparedWeight:
 
     def to(self, device: torch.device | str) -> PreparedWeight:
         """The same weight on another device. ValueError for a dtype: what bytes mean, no cast keeps."""
-        if not isinstance(device, (torch.device, str, int)):
-            raise ValueError(f"PreparedWeight.to: device is {device!r}; allowed: a device")
+        try:
+            device = torch.device(device)
+        except (TypeError, RuntimeError):
+            raise ValueError(f"PreparedWeight.to: device is {device!r}; allowed: a device") from None
         return replace(self, weight=self.weight.to(device), scale=self.scale.to(device))
 
     # As bytes: torch's float8 tensors can't be read back by pickle alone.
@@ -193,7 +198,7 @@ def prepare_fp4_weight(
     _require(mxfp8 or packed, "weight", weight.dtype, "uint8, float4_e2m1fn_x2 or float8_e4m3fn")
     _require(weight.dim() == 2, "weight", tuple(weight.shape), "two dimensions")
     _require(not (mxfp8 and nibble_order != "low_first"), "nibble_order", nibble_order, "'low_first' for MXFP8")
-    block = block_size or (32 if mxfp8 else 16)
+    block = (32 if mxfp8 else 16) if block_size is None else block_size
     _require(block == 32 or (block == 16 and not mxfp8), "block_size", block_size, "16 (NVFP4) or 32 (MXFP4, MXFP8)")
     n, k = weight.shape[0], weight.shape[1] * (1 if mxfp8 else 2)
     _require(k % block == 0, "weight", f"of K = {k}", f"K a multiple of {block}")
@@ -272,7 +277,10 @@ def prepare_sm90_moe_weights(
 
     Source: what FlashInfer's ``cutlass_fused_moe`` expects on SM90, by its ``interleave_moe_*_for_sm90_mixed_gemm``.
     """
-    experts, hidden, packed_inter = fc2.shape if fc2.dim() == 3 else (0, 0, 0)
+    if fc2.dim() != 3:
+        given = f"fc2 is of shape {tuple(fc2.shape)}"
+        raise ValueError(f"prepare_sm90_moe_weights: {given}; allowed: three dimensions, (E, H, I/2)")
+    experts, hidden, packed_inter = fc2.shape
     inter = packed_inter * 2
     shapes = {
         "fc1": (experts, 2 * inter, hidden // 2),

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from torch_fp4ops.nn import FP4Linear, MXFP8Linear
+from torch_fp4ops.nn import FP4Linear, MXFP8Linear, quantize_
 
 ONE = torch.ones(1)
 
@@ -96,3 +96,56 @@ def test_gradients():
             layer(x).sum().backward()
     with torch.no_grad():
         assert not FP4Linear(32, 8)(x).requires_grad
+
+
+class Scaled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def _with(change) -> nn.Linear:
+    linear = nn.Linear(32, 8)
+    change(linear)
+    return linear
+
+
+@pytest.mark.parametrize(
+    ("linear", "message"),
+    [
+        (Scaled(32, 8), "it has a forward of its own"),
+        (_with(lambda m: m.add_module("adapter", nn.Identity())), "it has more than a weight and a bias (adapter)"),
+        (_with(lambda m: m.register_buffer("scale", torch.ones(1))), "it has more than a weight and a bias (scale)"),
+        (_with(lambda m: m.register_parameter("gain", nn.Parameter(torch.ones(1)))), "a weight and a bias (gain)"),
+        (_with(nn.utils.parametrizations.weight_norm), "it has more than a weight and a bias (parametrizations)"),
+        (_with(lambda m: m.register_full_backward_hook(lambda *_: None)), "it has hooks (backward_hooks)"),
+        (_with(lambda m: m.register_state_dict_post_hook(lambda *_: None)), "it has hooks (state_dict_hooks)"),
+        (_with(lambda m: setattr(m, "weight", nn.Parameter(m.weight.to_sparse()))), "weight is torch.sparse_coo"),
+    ],
+)
+def test_from_linear_keeps_what_it_can_not_take_over(linear, message):
+    for layer in (FP4Linear, MXFP8Linear):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            layer.from_linear(linear)
+
+
+def test_from_linear_of_a_subclass_that_computes_the_same():
+    linear = nn.modules.linear.NonDynamicallyQuantizableLinear(32, 8)
+    assert FP4Linear.from_linear(linear).weight.shape == (8, 16)
+
+
+def test_arguments_of_other_types():
+    linear = nn.Linear(32, 8)
+    with pytest.raises(ValueError, match=r"FP4Linear: input_global_scale is 5.0; allowed: a float32 tensor"):
+        FP4Linear.from_linear(linear, input_global_scale=5.0)
+    with pytest.raises(ValueError, match=r"FP4Linear: weight_format is \['nvfp4'\]; allowed: 'nvfp4' or 'mxfp4'"):
+        FP4Linear.from_linear(linear, weight_format=["nvfp4"])
+    with pytest.raises(ValueError, match=r"quantize_: weight_format is \['nvfp4'\]; allowed: 'nvfp4'"):
+        quantize_(nn.Sequential(linear), ["nvfp4"])
+    with pytest.raises(ValueError, match=r"quantize_: filter_fn is '0'; allowed: a function"):
+        quantize_(nn.Sequential(linear), "nvfp4", filter_fn="0")
+
+
+def test_a_bias_can_be_registered():
+    layer = FP4Linear(32, 8, bias=False)
+    layer.register_parameter("bias", nn.Parameter(torch.ones(8), requires_grad=False))
+    assert layer(torch.zeros(2, 32)).eq(1).all()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +15,11 @@ from ..formats import FORMATS, BlockFormat
 from ..hopper_layout import NotStorableError, pack_hopper_weight, unpack_hopper_weight
 from ..selection import requested
 
-__all__ = ["LAYOUTS", "BlockScaledLinear", "allowed_values", "best_layout", "why_not_quantizable"]
+__all__ = ["LAYOUTS", "BlockScaledLinear", "allowed_values", "best_layout", "can_hold", "why_not_quantizable"]
 
 LAYOUTS = ("hopper", "plain")
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+_WEIGHT = ("weight", "weight_scale")
 
 
 def allowed_values(values: Sequence[Any]) -> str:
@@ -26,6 +28,9 @@ def allowed_values(values: Sequence[Any]) -> str:
 
 def why_not_quantizable(linear: nn.Linear, fmt: BlockFormat) -> str | None:
     """Why a layer can't be brought into ``fmt``; None if it can. Reads the weight (a synchronisation on a GPU)."""
+    lost = _lost_by_conversion(linear)
+    if lost is not None:
+        return f"{lost}, which the new layer would lose"
     weight = linear.weight
     if linear.in_features == 0 or linear.in_features % fmt.block_size:
         return f"in_features is {linear.in_features}; allowed: a positive multiple of {fmt.block_size} ({fmt.name})"
@@ -33,15 +38,27 @@ def why_not_quantizable(linear: nn.Linear, fmt: BlockFormat) -> str | None:
         return "out_features is 0; allowed: 1 or more"
     if is_traceable_wrapper_subclass(weight):
         return f"weight is a {type(weight).__name__}; allowed: a plain tensor"
+    if weight.layout != torch.strided:
+        return f"weight is {weight.layout}; allowed: torch.strided"
     if weight.dtype not in _FLOATS:
         return f"weight is {weight.dtype}; allowed: {allowed_values(_FLOATS)}"
     if weight.shape != (linear.out_features, linear.in_features):
         return f"weight is of shape {tuple(weight.shape)}; allowed: ({linear.out_features}, {linear.in_features})"
-    if linear._forward_hooks or linear._forward_pre_hooks or "forward" in linear.__dict__:
-        return "it has forward hooks or a forward of its own, which the new layer would lose; remove them first"
     if not weight.is_meta and not bool(weight.detach().isfinite().all()):
         return "weight holds NaN or infinite values; allowed: finite values"
     return None
+
+
+def _lost_by_conversion(linear: nn.Linear) -> str | None:
+    """What a layer has beside the weight and the bias of an ``nn.Linear``; None if nothing."""
+    if "forward" in linear.__dict__ or type(linear).forward is not nn.Linear.forward:
+        return "it has a forward of its own"
+    tensors = (*linear.named_parameters(recurse=False), *linear.named_buffers(recurse=False))
+    more = [name for name, _ in (*linear.named_children(), *tensors) if name not in ("weight", "bias")]
+    if more:
+        return f"it has more than a weight and a bias ({', '.join(more)})"
+    hooks = [name.strip("_") for name, value in vars(linear).items() if name.endswith("hooks") and value]
+    return f"it has hooks ({', '.join(hooks)})" if hooks else None
 
 
 def best_layout(device: torch.device, op_name: str) -> str:
@@ -61,7 +78,8 @@ class BlockScaledLinear(nn.Module):
     weight: Tensor
     weight_scale: Tensor
     bias: nn.Parameter | None
-    weight_layout: str = "plain"
+    _plain_scale_dim: ClassVar[int] = 2
+    """Dimensions of ``weight_scale``; the other layout's scales have one less or one more, so that they tell it."""
 
     def __init__(
         self,
@@ -85,9 +103,9 @@ class BlockScaledLinear(nn.Module):
         codes = torch.zeros(out_features, in_features // fmt.elements_per_byte, dtype=torch.uint8, device=device)
         self.register_buffer("weight", codes if fmt.element == "e2m1" else codes.view(torch.float8_e4m3fn))
         shape = scale_layouts.scale_shape(out_features, in_features // fmt.block_size, scale_layouts.SWIZZLED_128X4)
-        self.register_buffer("weight_scale", torch.zeros(shape, dtype=torch.uint8, device=device))
+        self.register_buffer("weight_scale", self._plain_form(torch.zeros(shape, dtype=torch.uint8, device=device)))
         values = torch.zeros(out_features, device=device, dtype=dtype) if bias else None
-        self.bias = None if values is None else nn.Parameter(values, requires_grad=False)
+        self.register_parameter("bias", None if values is None else nn.Parameter(values, requires_grad=False))
 
     @property
     def _block_format(self) -> BlockFormat:
@@ -99,6 +117,13 @@ class BlockScaledLinear(nn.Module):
         raise NotImplementedError
 
     @property
+    def weight_layout(self) -> str:
+        """``"plain"``, as the class describes it, or ``"hopper"`` after :meth:`prepare`."""
+        # Told by the tensors, so that what replaces them (``functional_call`` with a state dict) is read as what it is.
+        scale: Any = self._buffers["weight_scale"]  # as an attribute it costs each call half a microsecond more
+        return "plain" if scale.dim() == self._plain_scale_dim else "hopper"
+
+    @property
     def weight_nbytes(self) -> int:
         """Bytes of the weight with its scales, padding included; without the bias."""
         return sum(b.nbytes for name, b in self.named_buffers(recurse=False) if name.startswith("weight"))
@@ -108,7 +133,8 @@ class BlockScaledLinear(nn.Module):
 
         ``"hopper"`` is for compute capability 9.0 (see ``torch_fp4ops.hopper_layout``): elsewhere only the reference
         reads it, slowly. ``"plain"`` undoes it. It can be done on any device, and again and again: what is done
-        already is left. ``state_dict()`` and ``load_state_dict()`` speak of the plain weight in both layouts. Prepare
+        already is left. ``state_dict()`` and ``load_state_dict()`` speak of the plain weight in both layouts: of a
+        prepared layer's buffers the state dict has copies, and what is loaded goes where the packed weight is. Prepare
         before compiling or exporting.
 
         Returns:
@@ -134,8 +160,8 @@ class BlockScaledLinear(nn.Module):
                 weight, scale = pack_hopper_weight(self.weight, scales, self._block_format)
             except NotStorableError:
                 return False
-            self.weight, self.weight_scale = weight.view(self.weight.dtype), self._shaped(scale)
-        self.weight_layout = layout
+            self.weight = weight.view(self.weight.dtype)
+            self.weight_scale = scale if self._plain_scale_dim == 1 else scale.flatten()
         return True
 
     def _plain_weight(self) -> tuple[Tensor, Tensor]:
@@ -148,11 +174,10 @@ class BlockScaledLinear(nn.Module):
         codes = codes[: self.out_features, : self.in_features // fmt.elements_per_byte]
         scales = scales[: self.out_features, : self.in_features // fmt.block_size]
         scales = scale_layouts.swizzle(scales, scale_layouts.SWIZZLED_128X4)
-        return codes.clone(memory_format=torch.contiguous_format).view(self.weight.dtype), self._shaped(scales)
+        return codes.clone(memory_format=torch.contiguous_format).view(self.weight.dtype), self._plain_form(scales)
 
-    def _shaped(self, scales: Tensor) -> Tensor:
-        """Scales with the dimensions that ``weight_scale`` has."""
-        return scales.flatten() if self.weight_scale.dim() == 1 else scales
+    def _plain_form(self, scales: Tensor) -> Tensor:
+        return scales.flatten() if self._plain_scale_dim == 1 else scales
 
     def forward(self, x: Tensor) -> Tensor:
         """``x @ dequantize(weight).T + bias``.
@@ -174,14 +199,15 @@ class BlockScaledLinear(nn.Module):
         if x.dim() == 0 or x.shape[-1] != self.in_features:
             raise ValueError(f"{name}: the input is of shape {tuple(x.shape)}; allowed: [..., {self.in_features}]")
         # The operator sees two dimensions whatever the rank, so that a rank is no new case to it.
-        out = self._product(x.reshape(-1, self.in_features))
-        if self.weight_layout != "plain":
+        layout = self.weight_layout
+        out = self._product(x.reshape(-1, self.in_features), layout)
+        if layout != "plain":
             out = out[:, : self.out_features]
         out = out.reshape(*x.shape[:-1], self.out_features)
         # A plain add, which Inductor can fuse with what follows.
         return out if self.bias is None else out + self.bias.to(out.dtype)
 
-    def _product(self, x: Tensor) -> Tensor:
+    def _product(self, x: Tensor, layout: str) -> Tensor:
         """``x @ dequantize(weight).T`` of 2-D x, in x's dtype; more columns where the layout pads the weight."""
         raise NotImplementedError
 
@@ -208,18 +234,14 @@ class BlockScaledLinear(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.weight_layout != "plain":
-            destination[prefix + "weight"], destination[prefix + "weight_scale"] = self._plain_weight()
+        if self.weight_layout == "plain":
+            return
+        # The plain weight is a copy, and so is what belongs to it: who wrote into these would change half of it.
+        plain = dict(zip(_WEIGHT, self._plain_weight(), strict=True))
+        for name in self._buffers.keys() & {key[len(prefix) :] for key in destination if key.startswith(prefix)}:
+            destination[prefix + name] = plain[name] if name in plain else destination[prefix + name].clone()
 
-    def _load_from_state_dict(self, *args: Any) -> None:
-        layout = self.weight_layout
-        self.prepare("plain")
-        try:
-            self._load_plain(*args)
-        finally:
-            self.prepare(layout)
-
-    def _load_plain(
+    def _load_from_state_dict(
         self,
         state_dict: dict[str, Any],
         prefix: str,
@@ -229,15 +251,51 @@ class BlockScaledLinear(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        for name, buffer in self._buffers.items():
+        args = (state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        hooks = self._load_state_dict_pre_hooks
+        for hook in hooks.values():  # now, as they may bring about what is looked at here
+            hook(*args)
+        self._load_state_dict_pre_hooks = OrderedDict()
+        try:
+            self._load(*args)
+        finally:
+            self._load_state_dict_pre_hooks = hooks
+
+    def _load(self, *args: Any) -> None:
+        """What is given, or nothing of it: a layer is not left with codes of one weight and scales of another one."""
+        state_dict, prefix, *_, error_msgs = args
+        layout, packed = self.weight_layout, (self.weight, self.weight_scale)
+        repack = layout != "plain" and any(prefix + name in state_dict for name in _WEIGHT)
+        if repack:
+            self.prepare("plain")
+        errors = self._why_not_loadable(state_dict, prefix)
+        if errors:
+            error_msgs.extend(errors)
+        else:
+            super()._load_from_state_dict(*args)
+        if repack and errors:
+            self.weight, self.weight_scale = packed
+        elif repack and self.prepare(layout):
+            for name, old in zip(_WEIGHT, packed, strict=True):
+                new = getattr(self, name)
+                if can_hold(old, new):
+                    setattr(self, name, old.copy_(new))  # CUDA graphs read it where it was
+
+    def _why_not_loadable(self, state_dict: dict[str, Any], prefix: str) -> list[str]:
+        errors = []
+        for name, own in (*self._buffers.items(), *self._parameters.items()):
             given = state_dict.get(prefix + name)
-            if isinstance(buffer, Tensor) and isinstance(given, Tensor) and given.dtype != buffer.dtype:
+            if own is None or given is None:
+                continue
+            if not isinstance(given, Tensor):
+                errors.append(f"{prefix}{name} is a {type(given).__name__}; allowed: a tensor")
+            elif name in self._buffers and given.dtype != own.dtype:
                 # Copying would convert the values and so take, say, an unquantised weight for codes.
-                error_msgs.append(f"{prefix}{name} is {given.dtype}; allowed: {buffer.dtype}")
-                return
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+                errors.append(f"{prefix}{name} is {given.dtype}; allowed: {own.dtype}")
+            elif given.shape != own.shape:
+                sizes = f"{tuple(given.shape)}; allowed: {tuple(own.shape)}"
+                errors.append(f"size mismatch for {prefix}{name}: it is of shape {sizes}")  # torch's words first
+        return errors
 
     def extra_repr(self) -> str:
         sizes = f"in_features={self.in_features}, out_features={self.out_features}"
@@ -256,3 +314,9 @@ def _apply_to_bytes(fn: Callable[[Tensor], Tensor], buffer: Tensor) -> Tensor:
     if result.dtype != torch.uint8:  # `module.type(dtype)` casts integers too
         result = as_bytes.to(result.device)
     return result.view(buffer.dtype)
+
+
+def can_hold(old: Tensor, new: Tensor) -> bool:
+    """Whether ``new`` can be copied into ``old`` and no one see a difference but in values."""
+    same = old.shape == new.shape and old.dtype == new.dtype and old.device == new.device
+    return same and not old.is_inference()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..formats import MXFP4, MXFP8, NVFP4
-from ._block_scaled import BlockScaledLinear, allowed_values
+from ._block_scaled import BlockScaledLinear, allowed_values, can_hold
 
 __all__ = ["ACTIVATIONS", "FP4Linear", "MXFP8Linear"]
 
@@ -75,12 +75,14 @@ class FP4Linear(BlockScaledLinear):
             dict. Assigning to a global scale and loading a state dict renew it; where one was written in place (not by
             way of ``.data`` or NumPy, which torch does not see), replaced for a call
             (``torch.func.functional_call``), or is an inference tensor, calls work it out. What is compiled or exported
-            keeps it as it was. None where there is no global scale, or each call has one of its own.
+            after a write in place keeps it as it was. None where there is no global scale, or each call has one of its
+            own.
         input_global_scale: float32 ``[1]``, the encode scale of every input, say ``2688 / amax`` over calibration
             data; NVFP4 with activations ``"same"`` only. None: ``2688 / amax`` of each call's whole input, so that
             the result for a row depends a little on the rows beside it; an infinite value in one row, or one some
             10^7 times theirs, makes those rows zeros.
-        weight_layout: ``"plain"``, as above, or another after :meth:`prepare`, with padded sizes.
+        weight_layout: ``"plain"``, as above, or another after :meth:`prepare`, with padded sizes and scales of other
+            dimensions, which tell it: tensors of either layout can be given for a call.
         bias: a Parameter ``[N]``, or None.
 
     Casts (``.to(dtype)``, ``.half()``) reach the bias alone.
@@ -106,7 +108,7 @@ class FP4Linear(BlockScaledLinear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        if weight_format not in _FP4_FORMATS:
+        if weight_format not in list(_FP4_FORMATS):
             allowed = allowed_values(list(_FP4_FORMATS))
             raise ValueError(f"FP4Linear: weight_format is {weight_format!r}; allowed: {allowed}")
         if activations not in ACTIVATIONS:
@@ -114,6 +116,7 @@ class FP4Linear(BlockScaledLinear):
         fmt = _FP4_FORMATS[weight_format]
         super().__init__(in_features, out_features, bias, fmt, device, dtype)
         self.activations = activations
+        self._alpha_of = []
         with torch.inference_mode(False):  # writes to the scale are to be seen
             scale = torch.ones(1, dtype=torch.float32, device=device) if fmt.has_global_scale else None
         self.register_buffer("weight_global_scale", scale)
@@ -123,6 +126,13 @@ class FP4Linear(BlockScaledLinear):
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
+        self._renew_alpha_if_of(name)
+
+    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
+        super().register_buffer(name, tensor, persistent)
+        self._renew_alpha_if_of(name)
+
+    def _renew_alpha_if_of(self, name: str) -> None:
         if name in _GLOBAL_SCALES and "alpha" in self._buffers:
             self._renew_alpha()
 
@@ -130,7 +140,11 @@ class FP4Linear(BlockScaledLinear):
         """Work out what a product's sums are multiplied by, here and not in each call: a kernel less."""
         if len({t.device for t in self._global_scales()}) > 1:
             return  # one of them has been moved or loaded, and the other one comes next
-        self.alpha = self._worked_out_alpha()
+        old, new = self.alpha, self._worked_out_alpha()
+        if old is not None and new is not None and self._scales_are_those_of_alpha() and can_hold(old, new):
+            old.copy_(new)  # as the scales were written in place, for CUDA graphs that read them where they are
+        else:
+            self.alpha = new
         self._remember_scales()
 
     def _global_scales(self) -> list[Tensor]:
@@ -146,6 +160,19 @@ class FP4Linear(BlockScaledLinear):
             t is u and v is not None and _mark(t) == v for t, (u, v) in zip(scales, before, strict=True)
         )
 
+    def _scales_are_those_of_alpha(self) -> bool:
+        scales, before = self._global_scales(), self._alpha_of
+        return len(scales) == len(before) and all(t is u for t, (u, _) in zip(scales, before, strict=True))
+
+    def _alpha_is_of_graph(self) -> bool:
+        """Whether a graph that is being made may read alpha, by what is known of tensors without data."""
+        scales, alpha = self._global_scales(), self.alpha
+        if alpha is None or any(t.device != alpha.device for t in scales):
+            return False
+        if torch.compiler.is_dynamo_compiling():
+            return self._scales_are_those_of_alpha()
+        return len(scales) == len(self._alpha_of)  # torch.export puts tensors of its own in their place
+
     def _worked_out_alpha(self) -> Tensor | None:
         scale, input_scale = self.weight_global_scale, self.input_global_scale
         if self.activations == "same" and scale is not None:
@@ -153,10 +180,12 @@ class FP4Linear(BlockScaledLinear):
         return None if scale is None else 1.0 / scale
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        current = self._alpha_is_current()
+        current, had_data = self._alpha_is_current(), not self.weight.is_meta
         result = super()._apply(fn, recurse)
-        if current:  # alpha has moved with them, and graphs that read it where it was go on
+        if current and (had_data or self.weight.is_meta):  # alpha has moved with them, and graphs go on with it
             self._remember_scales()
+        elif not had_data:  # what comes from the meta device has no values yet
+            self._alpha_of = []
         return result
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -183,10 +212,10 @@ class FP4Linear(BlockScaledLinear):
                 :meth:`prepare`), unless ``set_backend`` or the environment asks for another backend.
 
         Raises:
-            ValueError: an argument that is not allowed, a weight that is not finite, or forward hooks on ``linear``,
-                which would be lost.
+            ValueError: an argument that is not allowed, a weight that is not finite, or hooks, modules, tensors or a
+                forward of its own that ``linear`` has, which would be lost.
         """
-        if weight_format in _FP4_FORMATS:  # else the constructor says so
+        if weight_format in list(_FP4_FORMATS):  # else the constructor says so
             cls._require_quantizable(linear, _FP4_FORMATS[weight_format])
         sizes = (linear.in_features, linear.out_features, False)
         new = cls(*sizes, weight_format=weight_format, activations=activations, device="meta")
@@ -206,12 +235,12 @@ class FP4Linear(BlockScaledLinear):
         if not self._block_format.has_global_scale or self.activations != "same":
             given = f"given with weight_format={self.format!r}, activations={self.activations!r}"
             raise ValueError(f"FP4Linear: input_global_scale is {given}; allowed: None but for 'nvfp4' and 'same'")
-        ok = scale.dtype == torch.float32 and scale.numel() == 1
+        ok = isinstance(scale, Tensor) and scale.dtype == torch.float32 and scale.numel() == 1
         if not ok or not (scale.is_meta or 0 < scale.item() < float("inf")):
             raise ValueError(
                 f"FP4Linear: input_global_scale is {scale}; allowed: a float32 tensor of one finite element above zero"
             )
-        return scale.detach().reshape(1)
+        return scale.detach().reshape(1).clone()  # the layer's own: a state dict is loaded into it
 
     def _quantize(self, x: Tensor, global_scale: Tensor | None) -> tuple[Tensor, Tensor]:
         return torch.ops.fp4.fp4_quantize(
@@ -225,10 +254,11 @@ class FP4Linear(BlockScaledLinear):
     def _product_op(self) -> str:
         return "mm_bf16_fp4" if self.activations == "bf16" else "mm_fp4"
 
-    def _product(self, x: Tensor) -> Tensor:
-        block_size, alpha = self._block_format.block_size, self.alpha
-        if not torch.compiler.is_compiling() and not self._alpha_is_current():
-            alpha = self._worked_out_alpha()
+    def _product(self, x: Tensor, layout: str) -> Tensor:
+        block_size = self._block_format.block_size
+        compiling = torch.compiler.is_compiling()
+        known = self._alpha_is_of_graph() if compiling else self._alpha_is_current()
+        alpha = self.alpha if known else self._worked_out_alpha()
         if self.activations == "bf16":
             return torch.ops.fp4.mm_bf16_fp4(
                 a=x if x.dtype == torch.float16 else x.to(torch.bfloat16),
@@ -237,7 +267,7 @@ class FP4Linear(BlockScaledLinear):
                 alpha=alpha,
                 out_dtype=_out_dtype(x),
                 block_size=block_size,
-                b_layout=self.weight_layout,
+                b_layout=layout,
             )
         input_global = self.input_global_scale
         if self.weight_global_scale is not None and input_global is None:
@@ -248,15 +278,15 @@ class FP4Linear(BlockScaledLinear):
             a=codes,
             b=self.weight.T,
             a_descale=scales,
-            b_descale=self.weight_scale.T,
+            b_descale=self.weight_scale.T if layout == "plain" else self.weight_scale,
             alpha=alpha,
             out_dtype=_out_dtype(x),
             block_size=block_size,
             use_nvfp4=self.format == NVFP4.name,
-            b_layout=self.weight_layout,
+            b_layout=layout,
         )
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+    def _load(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         # Whether there is a static scale is the checkpoint's to say, as far as this layer could use one.
         given = state_dict.get(prefix + "input_global_scale")
         usable = self.weight_global_scale is not None and self.activations == "same"
@@ -265,7 +295,7 @@ class FP4Linear(BlockScaledLinear):
             self.input_global_scale = torch.ones(1, dtype=torch.float32, device=self.weight.device)
         errors = rest[-1]
         before = len(errors)
-        super()._load_from_state_dict(state_dict, prefix, *rest)
+        super()._load(state_dict, prefix, *rest)
         if new and len(errors) > before:
             self.input_global_scale = None
         self._renew_alpha()
@@ -290,7 +320,8 @@ class MXFP8Linear(BlockScaledLinear):
         weight: float8_e4m3fn ``[N, K]``.
         weight_scale: uint8 UE8M0 block scales in the 128x4 layout, flat:
             ``[round_up(N, 128) * round_up(K/32, 4)]``.
-        weight_layout: ``"plain"``, as above, or another after :meth:`prepare`, with padded sizes.
+        weight_layout: ``"plain"``, as above, or another after :meth:`prepare`, with padded sizes and scales of other
+            dimensions, which tell it: tensors of either layout can be given for a call.
         bias: a Parameter ``[N]``, or None.
 
     Casts (``.to(dtype)``, ``.half()``) reach the bias alone.
@@ -298,6 +329,8 @@ class MXFP8Linear(BlockScaledLinear):
     Raises:
         ValueError: a size that is not allowed.
     """
+
+    _plain_scale_dim = 1
 
     def __init__(
         self,
@@ -309,7 +342,6 @@ class MXFP8Linear(BlockScaledLinear):
         dtype: torch.dtype | None = None,
     ):
         super().__init__(in_features, out_features, bias, MXFP8, device, dtype)
-        self.weight_scale = self.weight_scale.flatten()
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, *, prepare: bool = True) -> MXFP8Linear:
@@ -321,8 +353,8 @@ class MXFP8Linear(BlockScaledLinear):
                 :meth:`prepare`), unless ``set_backend`` or the environment asks for another backend.
 
         Raises:
-            ValueError: K not a multiple of 32, a weight that is not finite, or forward hooks on ``linear``, which
-                would be lost.
+            ValueError: K not a multiple of 32, a weight that is not finite, or hooks, modules, tensors or a forward of
+                its own that ``linear`` has, which would be lost.
         """
         cls._require_quantizable(linear, MXFP8)
         new = cls(linear.in_features, linear.out_features, False, device="meta")
@@ -332,15 +364,15 @@ class MXFP8Linear(BlockScaledLinear):
 
     _product_op = "mm_mxfp8"
 
-    def _product(self, x: Tensor) -> Tensor:
+    def _product(self, x: Tensor, layout: str) -> Tensor:
         codes, scales = torch.ops.fp4.mxfp8_quantize(input=x)
         return torch.ops.fp4.mm_mxfp8(
             a=codes,
             b=self.weight.T,
             a_descale=scales,
-            b_descale=self.weight_scale,
+            b_descale=self.weight_scale if layout == "plain" else self.weight_scale.flatten(),
             out_dtype=_out_dtype(x),
-            b_layout=self.weight_layout,
+            b_layout=layout,
         )
 
     # Python's pickle writes float8 tensors that torch can't read back; bytes it can.

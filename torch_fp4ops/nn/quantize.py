@@ -50,12 +50,15 @@ def quantize_(
     Raises:
         ValueError: an unknown format or kind of activations; no layer selected; or layers that can't be quantised
             (all are listed): K not a multiple of the block size, a weight that is not finite or no plain tensor,
-            forward hooks, being compiled by itself, or the model itself being the layer.
+            hooks, a forward or tensors of its own, being compiled by itself, or the model itself being the layer.
     """
-    if weight_format not in FORMATS:
+    if weight_format not in list(FORMATS):
         raise ValueError(f"quantize_: weight_format is {weight_format!r}; allowed: {allowed_values(list(FORMATS))}")
     if activations not in ACTIVATIONS:
         raise ValueError(f"quantize_: activations is {activations!r}; allowed: {allowed_values(ACTIVATIONS)}")
+    if filter_fn is not None and not callable(filter_fn):
+        allowed = "a function of a module and its name, or None"
+        raise ValueError(f"quantize_: filter_fn is {filter_fn!r}; allowed: {allowed}")
     fmt = FORMATS[weight_format]
     if fmt.element != "e2m1" and activations != "same":
         given = f"{activations!r} with weight_format={weight_format!r}"
