@@ -100,6 +100,7 @@ def test_the_demo_s_encoder(capsys):
         (["--model", "bert", "--backends", "reference,tritno"], "backends names 'tritno'; allowed: 'auto', "),
         (["--model", "bert", "--backends", "reference,auto+mm_fp4=b12x"], "FlashInfer's kernels run on NVIDIA GPUs"),
         (["--model", "bert", "--repeats", "0"], "repeats is 0; allowed: 1 or more"),
+        (["--model", "mamba"], "--model mamba: once quantised it can't run"),
         (["--model", "bert", "--tokens", "600"], "--model bert: it can't run on 1 x 600 tokens"),
     ],
 )

@@ -170,3 +170,25 @@ def test_a_file_without_a_convention_is_refused(tmp_path, metadata):
 def test_wrong_scales(k, v, convention, message):
     with pytest.raises(ValueError, match=message):
         KVScales(k, v, convention)
+
+
+def test_scales_of_parameters_and_of_one_tensor(tmp_path):
+    pytest.importorskip("safetensors")
+    names = [f"model.layers.{i}.self_attn.{kv}_proj.{kv}_scale" for i in range(2) for kv in "kv"]
+    scales = KVScales.from_checkpoint({name: torch.nn.Parameter(torch.tensor(0.001)) for name in names})
+    assert not scales.k.requires_grad and not scales.layer(1).v.requires_grad
+    both = torch.tensor([[0.5, 0.25], [2.0, 4.0]])
+    for k, v in (
+        (both[0], both[0]),
+        (both[0], both[1]),
+        (both[:, 0], both[:, 1]),
+        (torch.tensor(0.5).expand(2), both[0]),
+    ):
+        KVScales(k, v, "amax/448").save(tmp_path / "scales.safetensors")
+        again = KVScales.load(tmp_path / "scales.safetensors")
+        assert torch.equal(again.k, k) and torch.equal(again.v, v)
+
+
+def test_buffers_that_are_no_tensors():
+    with pytest.raises(ValueError, match="KVBuffers: v_sf is a NoneType; allowed: a tensor"):
+        buffers(v_sf=None)

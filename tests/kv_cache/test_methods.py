@@ -338,3 +338,18 @@ def test_scales_on_another_device_are_refused():
     with pytest.raises(ValueError, match="k_scale is cpu; allowed: cuda"):
         method.quantize_and_store(buffers, LOC.cuda(), NEW.cuda(), NEW.cuda())
     assert not buffers.k.any()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_arguments_of_other_types(name):
+    method = calibrated(name)
+    (buffers,) = method.create_buffers(8, 2, 64, 1, "cpu")
+    x, q = values(0, 2, 2, 64), values(1, 1, 4, 64)
+    with pytest.raises(ValueError, match=f"{name}: loc is a list; allowed: a tensor of slots"):
+        method.quantize_and_store(buffers, [1, 2], x, x)
+    assert not buffers.k.any()
+    for dtype in (torch.float64, torch.int8):
+        with pytest.raises(ValueError, match=f"{name}: dtype is {dtype}; allowed: torch.bfloat16 or torch.float16"):
+            method.dequantize_prev_kv(buffers, dtype=dtype)
+    with pytest.raises(ValueError, match=f"{name}: options is kv_layout, window; allowed: sm_scale or window_left"):
+        method.decode_attention(q, buffers, torch.tensor([[0]]), torch.tensor([1]), window=3, kv_layout="HND")

@@ -256,6 +256,9 @@ def test_calibrated_scales_are_better_than_ones():
         ({"head_dim": 24}, {}, "nvfp4: head_dim is 24; allowed: a multiple of 16"),
         ({}, {"method": "fp8"}, "name is 'fp8'; allowed: 'nvfp4' or"),
         ({}, {"max_cache_len": 0}, "max_cache_len is 0; allowed: 1 or more"),
+        ({}, {"max_cache_len": 8.0}, "max_cache_len is 8.0; allowed: an int or None"),
+        ({}, {"residual_length": None}, "residual_length is None; allowed: an int"),
+        ({}, {"scales": {}}, "scales is {}; allowed: KVScales or None"),
         ({}, {"residual_length": -1}, "residual_length is -1"),
         ({}, {"residual_length": 4, "max_cache_len": 8}, "residual_length is 4 with max_cache_len=8"),
         ({}, {"scales": SCALES.layer(0)}, "nvfp4: scales is of 1 layers; allowed: 2 layers"),
@@ -282,9 +285,11 @@ def test_sliding_windows_are_refused():
 @pytest.mark.parametrize("kind", KINDS[1::2])
 def test_a_static_cache_that_is_full_raises_and_is_untouched(kind):
     cache = cache_of({**kind, "max_cache_len": 6})
+    with pytest.raises(ValueError, match="max_cache_len is 6 with 7 tokens for a cache of 0; allowed: 7 or more"):
+        logits(cache, IDS.repeat(1, 2)[:, :7])
     logits(cache, IDS)
     before = [t.clone() for t in cache.layers[0]._bytes()]
-    with pytest.raises(ValueError, match=r"loc is from 5 to 12; allowed: slots below 12"):
+    with pytest.raises(ValueError, match="max_cache_len is 6 with 2 tokens for a cache of 5; allowed: 7 or more"):
         logits(cache, IDS[:, :2])
     assert all(torch.equal(a, b) for a, b in zip(cache.layers[0]._bytes(), before, strict=True))
 
@@ -292,16 +297,92 @@ def test_a_static_cache_that_is_full_raises_and_is_untouched(kind):
 def test_changes_that_a_cache_cannot_make():
     static = cache_of({"max_cache_len": 8})
     logits(static)
-    with pytest.raises(ValueError, match="key_states is of a batch of 1; allowed: 2"):
+    with pytest.raises(ValueError, match="key_states is of a batch of 1 and 2 heads; allowed: 2 and 2"):
         logits(static, IDS[:1])
+    before = [t.clone() for t in static.layers[0]._bytes()]
+    with pytest.raises(ValueError, match=r"beam_idx is of shape \(1,\); allowed: \(2,\), the batch"):
+        static.reorder_cache(torch.tensor([1]))
+    assert all(torch.equal(a, b) for a, b in zip(static.layers[0]._bytes(), before, strict=True))
     for change in (lambda: static.batch_repeat_interleave(2), lambda: static.batch_select_indices(torch.tensor([0]))):
         with pytest.raises(ValueError, match="has a fixed batch"):
             change()
     growing = cache_of({})
     logits(growing)
+    keys = torch.randn(2, 2, 3, 32)
+    for cache in (static, growing):
+        before = cache.nbytes, int(cache.get_seq_length())
+        with pytest.raises(
+            ValueError, match=r"value_states is torch.float32 of shape \(2, 2, 2, 32\); allowed: .* as key_"
+        ):
+            cache.layers[0].update(keys, keys[:, :, :2])
+        with pytest.raises(ValueError, match=r"value_states is torch.bfloat16 of shape"):
+            cache.layers[0].update(keys, keys.bfloat16())
+        assert (cache.nbytes, int(cache.get_seq_length())) == before
     with pytest.raises(ValueError, match="tokens_to_remove is -6; allowed: -5 to 0"):
         growing.crop(-6)
     with pytest.raises(ValueError, match="tokens_to_remove is 2"):
         growing.crop(2)
     with pytest.raises(ValueError, match="tokens_to_remove is 2"):
         static.crop(2)
+
+
+@pytest.mark.parametrize("length", [None, 8], ids=["growing", "static"])
+def test_a_first_call_that_fails_leaves_the_cache_as_it_was(length):
+    cache = cache_of({"max_cache_len": length})
+    with torch.enable_grad(), pytest.raises(NotImplementedError):
+        model()(IDS, past_key_values=cache)
+    with pytest.raises(ValueError, match="float64"):
+        cache.layers[0].update(*torch.randn(2, 2, 2, 3, 32, dtype=torch.float64))
+    assert cache.nbytes == 0 and cache.get_seq_length() == 0
+    torch.testing.assert_close(logits(cache, IDS[:1]), logits(cache_of({}), IDS[:1]), rtol=1e-4, atol=1e-4)
+
+
+def test_room_is_counted_where_lengths_are_not_read():
+    """As on a GPU, whose lengths eager calls do not wait for."""
+    cache = cache_of({"max_cache_len": 8})
+    (layer, _), keys = cache.layers, torch.randn(2, 2, 3, 32)
+    for change in (lambda: layer.crop(-2), layer.reset):
+        for _ in range(2):
+            layer.update(keys, keys)
+        layer.cumulative_length = layer.cumulative_length.to("meta")
+        with pytest.raises(ValueError, match="max_cache_len is 8 with 3 tokens for a cache of 6; allowed: 9 or more"):
+            layer.update(keys, keys)
+        layer.cumulative_length = torch.tensor([6])
+        change()
+        assert layer._least_length == int(layer.cumulative_length)
+        layer.reset()
+
+
+def test_models_that_have_nothing_to_cache():
+    with pytest.raises(ValueError, match="config is a MambaConfig, without attention heads; allowed: one"):
+        FP4Cache(transformers.MambaConfig(hidden_size=64, num_hidden_layers=2))
+    with pytest.raises(ValueError, match="config is a LlamaForCausalLM; allowed: a model's config"):
+        FP4Cache(model())
+
+
+def test_calibration_does_not_depend_on_the_mode():
+    dropping = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**{**model().config.to_dict(), "attention_dropout": 0.5})
+    )
+    dropping.load_state_dict(model().state_dict())
+    dropping.train()
+    dropping.lm_head.eval()
+    modes = [module.training for module in dropping.modules()]
+    scales, wanted = calibrate_kv_scales(dropping, [IDS]), calibrate_kv_scales(model(), [IDS])
+    assert torch.equal(scales.k, wanted.k) and torch.equal(scales.v, wanted.v)
+    assert [module.training for module in dropping.modules()] == modes
+    for prompts in (IDS, {"input_ids": IDS}):
+        with pytest.raises(ValueError, match=r"prompts is one prompt, a (Tensor|dict); allowed: a list of them"):
+            calibrate_kv_scales(model(), prompts)
+
+
+def test_a_model_with_an_encoder():
+    torch.manual_seed(0)
+    sizes = {"d_model": 64, "d_kv": 32, "d_ff": 64, "num_heads": 2, "vocab_size": VOCABULARY}
+    t5 = transformers.T5ForConditionalGeneration(
+        transformers.T5Config(**sizes, num_layers=2, eos_token_id=None, decoder_start_token_id=0)
+    ).eval()
+    options = {"attention_mask": torch.ones_like(IDS), "max_new_tokens": 8, "do_sample": False}
+    exact = FP4Cache(t5.config, residual_length=100)  # no token leaves full precision
+    cache = transformers.EncoderDecoderCache(exact, transformers.DynamicCache())
+    assert torch.equal(t5.generate(IDS, past_key_values=cache, **options), t5.generate(IDS, **options))

@@ -87,6 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         loaded = _load(options, where)
         quantized, skipped = _quantized(loaded.model, options)
+        _require_runs(quantized, loaded, options)
         print(f"{loaded.what}; {options.format}, activations {options.activations}")
         print(machine(where))
         for line in skipped:
@@ -147,3 +148,14 @@ def _quantized(model: nn.Module, options: argparse.Namespace) -> tuple[nn.Module
         return reason is None
 
     return quantize_(copy.deepcopy(model), options.format, options.activations, can_be), skipped
+
+
+def _require_runs(quantized: nn.Module, loaded: Loaded, options: argparse.Namespace) -> None:
+    try:
+        with torch.no_grad():
+            quantized(**loaded.inputs)
+    except Exception as error:  # of any kind, where a parent computes with a layer's weight as if it were one of bf16
+        raise ValueError(
+            f"--model {options.model}: once quantised it can't run, as where a module reads the weight of another "
+            f"one instead of calling it: {error}"
+        ) from error

@@ -123,6 +123,7 @@ def _reduce(config: Any) -> None:
             with contextlib.suppress(AttributeError):  # computed from others, without a setter
                 setattr(config, name, min(getattr(config, name), size))
     if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[: config.num_hidden_layers]
+        with contextlib.suppress(AttributeError):  # likewise
+            config.layer_types = config.layer_types[: config.num_hidden_layers]
     if (getattr(config, "pad_token_id", None) or 0) >= (getattr(config, "vocab_size", None) or 0):
         config.pad_token_id = None

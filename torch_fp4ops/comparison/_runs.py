@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ..capture import record_decisions, unrecorded
 from ..registry import OPS
@@ -72,7 +73,8 @@ def compare(
     Args:
         model: any module, quantised or calling ``torch.ops.fp4`` itself. A function that makes one (the same each
             time) where a call changes state, such as a KV cache: every run then gets a fresh model.
-        inputs: a tensor, a tuple or list of arguments, or a dict of keyword arguments, where the model is.
+        inputs: a tensor, a tuple or list of arguments, or a dict of keyword arguments, where the model is. Each call
+            gets copies, also of other objects in them (a KV cache), if those can be copied.
         backends: for each run a backend for all ops ("auto" included), or a dict by op, ``{"mm_fp4": "mine"}``, in
             which "*" stands for the others (default "auto").
         baseline: a module or function as ``model``, with layers of the same names: the model before ``quantize_``.
@@ -123,6 +125,13 @@ def _runs(
 ) -> list[_Run]:
     if isinstance(backends, (str, Mapping)):
         backends = (backends,)
+    allowed = "names of backends, or dicts of names by op"
+    if not isinstance(backends, Sequence):
+        raise ValueError(f"compare: backends is {backends!r}; allowed: {allowed}")
+    for wanted in backends:
+        names_of = wanted.values() if isinstance(wanted, Mapping) else (wanted,)
+        if not names_of or not all(isinstance(name, str) for name in names_of):
+            raise ValueError(f"compare: backends has {wanted!r}; allowed: {allowed}")
     least = 2 if baseline is None else 1
     if len(backends) < least:
         why = "without a baseline" if baseline is None else "with a baseline"
@@ -176,8 +185,17 @@ def _evaluating(models: Iterable[nn.Module]) -> Iterator[None]:
 
 def _fresh(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Copies for one call, which may write into them."""
-    copies: tuple[tuple[Any, ...], dict[str, Any]] = tree_map_only(Tensor, torch.clone, (args, kwargs))
+    copies: tuple[tuple[Any, ...], dict[str, Any]] = tree_map(_copied, (args, kwargs))
     return copies
+
+
+def _copied(leaf: Any) -> Any:
+    if isinstance(leaf, Tensor):
+        return leaf.clone()
+    try:
+        return copy.deepcopy(leaf)
+    except Exception:  # what says in a way of its own that there can be one only
+        return leaf
 
 
 class _Callers(TorchDispatchMode):
@@ -247,14 +265,24 @@ def _compared(
 
     def keep(key: _Key, args: Any, kwargs: Any, out: Any) -> None:
         kept[key] = [t.to("cpu", copy=True) for t in _floats(out)]
+        if not kept[key]:
+            return
         for other in others if local else ():
             with other.active(), unrecorded():
                 again = _floats(other.eager.get_submodule(key.layer)(*args, **kwargs))
             alone[other.name, key] = _distance_or_reason(again, kept[key])
 
-    everywhere = [name for name in selected if all(_has(run.eager, name) for run in runs)]
-    for name in selected.keys() - set(everywhere):
-        unmatched.append(f"{name}, which not every model has")
+    everywhere = []
+    for name in selected:
+        if not all(_has(run.eager, name) for run in runs):
+            unmatched.append(f"{name}, which not every model has")
+        else:
+            everywhere.append(name)
+    for run in runs:
+        for name, others_of in _one_module(run, everywhere).items():
+            # Which of its calls is which layer's, the module does not tell.
+            unmatched.append(f"{name}, which is one module with {', '.join(others_of)} in {run.name}")
+            everywhere.remove(name)
     backends = {}
     output, backends[first.name] = _watched(first, args, kwargs, everywhere, keep)
     whole = [t.to("cpu", copy=True) for t in _floats(output)]
@@ -284,10 +312,20 @@ def _compared(
 def _distance_or_reason(given: list[Tensor], wanted: list[Tensor] | None) -> Distance | str:
     if wanted is None:
         return "the first run does not make it"
+    if not wanted:
+        return "it gives no floating-point tensors"
     try:
         return distance(given, wanted)
     except ValueError as error:
         return str(error)
+
+
+def _one_module(run: _Run, names: Sequence[str]) -> dict[str, list[str]]:
+    """Those of the names that a run's model has one module for, each with the others."""
+    of: dict[int, list[str]] = {}
+    for name in names:
+        of.setdefault(id(run.eager.get_submodule(name)), []).append(name)
+    return {name: [other for other in same if other != name] for same in of.values() if len(same) > 1 for name in same}
 
 
 def _has(model: nn.Module, name: str) -> bool:
@@ -307,7 +345,12 @@ def _watched(
 ) -> tuple[Any, dict[str, list[str]]]:
     """Run the model, telling ``saw`` of every call of a layer; its output, and the backends that each op took."""
     calls: Counter[str] = Counter()
+    given: dict[str, list[tuple[Any, Any]]] = {name: [] for name in names}
     inside = False  # a layer that is run alone, by ``saw``, is no call of the model's
+
+    def before(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if not inside:
+            given[name].append((args, kwargs))  # as they are before hooks of the layer's own change them
 
     def hook(name: str, module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
         nonlocal inside
@@ -315,7 +358,7 @@ def _watched(
             return
         inside = True
         try:
-            saw(_Key(name, calls[name]), args, kwargs, out)
+            saw(_Key(name, calls[name]), *given[name].pop(), out)
         finally:
             inside = False
         calls[name] += 1
@@ -323,6 +366,7 @@ def _watched(
     handles = []
     for name in names:
         module = run.eager.get_submodule(name)
+        handles.append(module.register_forward_pre_hook(partial(before, name), prepend=True, with_kwargs=True))
         handles.append(module.register_forward_hook(partial(hook, name), with_kwargs=True))
     args, kwargs = _fresh(args, kwargs)
     try:
@@ -335,7 +379,7 @@ def _watched(
 
 
 def _floats(out: Any) -> list[Tensor]:
-    return [t for t in tree_leaves(out) if isinstance(t, Tensor) and t.is_floating_point()]
+    return [t for t in tree_leaves(out) if isinstance(t, Tensor) and (t.is_floating_point() or t.is_complex())]
 
 
 def _times(run: _Run, args: tuple[Any, ...], kwargs: dict[str, Any], warmup: int, repeats: int) -> tuple[float, ...]:

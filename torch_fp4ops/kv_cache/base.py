@@ -20,6 +20,7 @@ from .scales import KVScales
 __all__ = ["FP4KVCacheQuantMethod"]
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+_ALLOWED_FLOATS = " or ".join(map(str, _FLOATS))
 
 
 class FP4KVCacheQuantMethod(ABC):
@@ -180,9 +181,11 @@ class FP4KVCacheQuantMethod(ABC):
             Keys and values, fresh: ``[n, heads, D]``, or in the page layout of the buffers, with D last.
 
         Raises:
-            ValueError: buffers of another method, layout or scale convention, or wrong slots.
+            ValueError: buffers of another method, layout or scale convention, wrong slots or another dtype.
         """
         self._check_buffers("dequantize_prev_kv", buffers)
+        if dtype not in _FLOATS:
+            raise self._wrong("dtype", dtype, _ALLOWED_FLOATS)
         k_scale, v_scale = self.global_scales(layer_id)
         pairs = (buffers.k, buffers.k_sf, k_scale), (buffers.v, buffers.v_sf, v_scale)
         if loc is not None:
@@ -244,8 +247,7 @@ class FP4KVCacheQuantMethod(ABC):
         heads, dim = buffers.heads, buffers.head_dim
         for name, x in (("cache_k", cache_k), ("cache_v", cache_v)):
             if x.dtype not in _FLOATS or x.device != buffers.device:
-                floats = " or ".join(map(str, _FLOATS))
-                raise self._wrong(name, f"{x.dtype} on {x.device}", f"{floats} on {buffers.device}")
+                raise self._wrong(name, f"{x.dtype} on {x.device}", f"{_ALLOWED_FLOATS} on {buffers.device}")
             if x.dim() != 3 or x.shape[1:] != (heads, dim):
                 raise self._wrong(name, f"of shape {tuple(x.shape)}", f"[rows, {heads}, {dim}], as the buffers are")
         if cache_v.dtype != cache_k.dtype or cache_v.shape != cache_k.shape:
@@ -256,6 +258,8 @@ class FP4KVCacheQuantMethod(ABC):
             raise self._wrong("loc", f"of {loc.shape[0]} slots", f"at most {cache_k.shape[0]}, the rows of cache_k")
 
     def _check_slots(self, buffers: KVBuffers, loc: Tensor, below: str) -> None:
+        if not isinstance(loc, Tensor):
+            raise self._wrong("loc", f"a {type(loc).__name__}", "a tensor of slots")
         if loc.dtype not in (torch.int32, torch.int64) or loc.dim() != 1 or loc.device != buffers.device:
             given = f"{loc.dtype} of shape {tuple(loc.shape)} on {loc.device}"
             raise self._wrong("loc", given, f"torch.int32 or torch.int64, one dimension, on {buffers.device}")

@@ -50,6 +50,8 @@ class KVBuffers:
             require_convention("KVBuffers", self.scale_convention)
         for name in ("k", "v", "k_sf", "v_sf"):
             t = getattr(self, name)
+            if not isinstance(t, Tensor):
+                raise _wrong(name, f"a {type(t).__name__}", "a tensor")
             if t.dtype != torch.uint8 or t.device != self.k.device:
                 raise _wrong(name, f"{t.dtype} on {t.device}", f"torch.uint8 on {self.k.device}, where k is")
             if t.dim() != 4 or t.shape[:3] != self.k.shape[:3]:

@@ -22,6 +22,8 @@ __all__ = [
     "register_fp4_kv_cache_quant_method",
 ]
 
+_DECODE_OPTIONS = ("sm_scale", "window_left", "logits_soft_cap", "backend")
+
 _Method = TypeVar("_Method", bound=type[FP4KVCacheQuantMethod])
 _METHODS: dict[str, type[FP4KVCacheQuantMethod]] = {}
 
@@ -92,6 +94,9 @@ class PagedKVMethod(FP4KVCacheQuantMethod):
         self, q: Tensor, buffers: KVBuffers, block_tables: Tensor, seq_lens: Tensor, layer_id: int = 0, **options: Any
     ) -> Tensor:
         self._check_buffers("decode_attention", buffers)
+        unknown = options.keys() - _DECODE_OPTIONS
+        if unknown:
+            raise self._wrong("options", ", ".join(sorted(unknown)), " or ".join(_DECODE_OPTIONS))
         caches = buffers.k, buffers.v, buffers.k_sf, buffers.v_sf
         scales = self.global_scales(layer_id)
         return torch.ops.fp4.fp4_kv_attention_decode(

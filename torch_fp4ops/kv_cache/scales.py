@@ -55,6 +55,7 @@ class KVScales:
             if t.dtype != torch.float32 or t.dim() != 1 or not len(t):
                 given = f"{t.dtype} of shape {tuple(t.shape)}"
                 raise ValueError(f"KVScales: {name} is {given}; allowed: float32 of shape [layers], one layer or more")
+            object.__setattr__(self, name, t.detach())  # of a checkpoint's parameters, say
             if t.device.type == "cpu" and not can_be_scales(t):
                 raise ValueError(f"KVScales: {name} is {t.tolist()}; allowed: {SCALES}")
         if self.k.shape != self.v.shape or self.k.device != self.v.device:
@@ -124,7 +125,8 @@ class KVScales:
         """Write a safetensors file: ``k_scales`` and ``v_scales``, and the convention in its metadata."""
         from safetensors.torch import save_file
 
-        tensors = {"k_scales": self.k.cpu().contiguous(), "v_scales": self.v.cpu().contiguous()}
+        # Copies, as a file takes no tensors that share memory.
+        tensors = {f"{name}_scales": torch.empty(len(t)).copy_(t) for name, t in (("k", self.k), ("v", self.v))}
         save_file(tensors, path, metadata={"scale_convention": self.convention})
 
     @classmethod

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
 from .base import FP4KVCacheQuantMethod
@@ -33,14 +34,15 @@ class FP4Cache(Cache):
     Args:
         config: the model's; all its layers must have full attention.
         method: name of a method, see :func:`get_fp4_kv_cache_quant_method`.
-        max_cache_len: room for so many tokens of each sequence. A token past the end raises on the CPU (for methods
-            other than the three built in, only in eager calls), and is dropped on a GPU: ``generate`` stops in time,
-            loops of your own must.
+        max_cache_len: room for so many tokens of each sequence: the prompt's and those to be generated, as ``generate``
+            does not stop where it ends. A token past the end raises in eager calls (on a GPU if eager calls stored what
+            is there) and in compiled ones on the CPU, for the three methods built in; elsewhere it is dropped.
         scales: global scales of the layers, see :func:`calibrate_kv_scales`; for methods that have them. None: ones.
         residual_length: the latest so many tokens stay in full precision. Only of a cache that grows.
 
     Raises:
-        ValueError: a wrong argument, a layer without full attention, or a head size that is not whole blocks.
+        ValueError: a wrong argument, a layer without full attention, or a head size that is not whole blocks. At a call
+            keys and values that do not fit each other or the cache, of which nothing is stored then.
     """
 
     def __init__(
@@ -52,7 +54,18 @@ class FP4Cache(Cache):
         scales: KVScales | None = None,
         residual_length: int = 0,
     ):
+        if not isinstance(max_cache_len, int | None):
+            raise ValueError(f"FP4Cache: max_cache_len is {max_cache_len!r}; allowed: an int or None")
+        if not isinstance(residual_length, int):
+            raise ValueError(f"FP4Cache: residual_length is {residual_length!r}; allowed: an int")
+        if not isinstance(scales, KVScales | None):
+            raise ValueError(f"FP4Cache: scales is {scales!r}; allowed: KVScales or None")
+        kind = type(config).__name__
+        if not isinstance(config, PreTrainedConfig):
+            raise ValueError(f"FP4Cache: config is a {kind}; allowed: a model's config")
         config = config.get_text_config(decoder=True)
+        if not getattr(config, "num_attention_heads", None):
+            raise ValueError(f"FP4Cache: config is a {kind}, without attention heads; allowed: one with them")
         count = config.num_hidden_layers
         template = get_fp4_kv_cache_quant_method(method, num_layers=count)
         if scales is not None:
@@ -95,6 +108,17 @@ def _method_of_a_layer(name: str, scales: KVScales | None, device: torch.device)
     return method
 
 
+def _require_alike(keys: Tensor, values: Tensor, batch: int | None, heads: int | None) -> None:
+    """``[batch, heads, tokens, D]`` of both, D for itself; with the batch and heads of what is stored."""
+    if keys.dim() != 4 or values.dim() != 4 or keys.shape[:-1] != values.shape[:-1] or keys.dtype != values.dtype:
+        given = f"{values.dtype} of shape {tuple(values.shape)}"
+        allowed = f"as key_states, {keys.dtype} of shape {tuple(keys.shape)}"
+        raise ValueError(f"FP4Cache: value_states is {given}; allowed: [batch, heads, tokens, D] {allowed}")
+    if batch is not None and keys.shape[:2] != (batch, heads):
+        given = f"of a batch of {keys.shape[0]} and {keys.shape[1]} heads"
+        raise ValueError(f"FP4Cache: key_states is {given}; allowed: {batch} and {heads}, as what is stored")
+
+
 class FP4DynamicLayer(DynamicLayer):
     """A layer that grows: codes and scales ``[batch, heads, tokens, ...]``, then the residual window in ``keys`` and
     ``values``. See :class:`FP4Cache`."""
@@ -118,31 +142,33 @@ class FP4DynamicLayer(DynamicLayer):
         return sum(t.nbytes for t in [*self._stored, *residual])
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        keys, values = key_states[..., :0, :].clone(), value_states[..., :0, :].clone()
+        method = _method_of_a_layer(self.method_name, self.scales, key_states.device)
+        scales = method.global_scales(0)
+        empty = [method.quantize(x, scale) for x, scale in zip((keys, values), scales, strict=True)]
+        # Last, since what raises leaves the layer as it was.
         super().lazy_initialization(key_states, value_states)
-        self.keys, self.values = key_states[..., :0, :].clone(), value_states[..., :0, :].clone()
-        self.method = _method_of_a_layer(self.method_name, self.scales, self.device)
-        empty = [
-            self.method.quantize(x, scale)
-            for x, scale in zip((self.keys, self.values), self.method.global_scales(0), strict=True)
-        ]
+        self.keys, self.values, self.method = keys, values, method
         self._stored = [t for pair in empty for t in pair]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        stored = self.keys.shape[:2] if self.is_initialized else (None, None)
+        _require_alike(key_states, value_states, *stored)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         recent = [torch.cat(pair, dim=-2) for pair in ((self.keys, key_states), (self.values, value_states))]
         leaving = max(recent[0].shape[-2] - self.residual_length, 0)
-        out = []
+        out: list[Tensor] = []
+        stored_now: list[Tensor] = []
         for i, (x, scale) in enumerate(zip(recent, self.method.global_scales(0), strict=True)):
-            pair = slice(2 * i, 2 * i + 2)
+            codes, scales = self._stored[2 * i : 2 * i + 2]
             if leaving:
                 new = self.method.quantize(x[..., :leaving, :], scale)
-                old = self._stored[pair]
-                self._stored[pair] = [torch.cat(tensors, dim=-2) for tensors in zip(old, new, strict=True)]
-            codes, scales = self._stored[pair]
-            stored = self.method.dequantize(codes, scales, scale, x.dtype)
-            out.append(torch.cat([stored, x[..., leaving:, :]], dim=-2))
+                codes, scales = (torch.cat(pair, dim=-2) for pair in zip((codes, scales), new, strict=True))
+            stored_now += [codes, scales]
+            out.append(torch.cat([self.method.dequantize(codes, scales, scale, x.dtype), x[..., leaving:, :]], dim=-2))
         # Copies: a view would keep what has left alive.
+        self._stored = stored_now
         self.keys, self.values = (x[..., leaving:, :].clone() for x in recent)
         return out[0], out[1]
 
@@ -187,10 +213,13 @@ class FP4StaticLayer(StaticLayer):
     is_croppable = True
     cumulative_length: Any
     buffers: KVBuffers
+    _least_length: int
+    """What eager calls have stored, which can be told without waiting for a GPU. Graphs may have stored more."""
 
     def __init__(self, max_cache_len: int, method: str, scales: KVScales | None = None):
         super().__init__(max_cache_len=max_cache_len)
         self.method_name, self.scales = method, scales
+        self._least_length = 0
 
     @property
     def nbytes(self) -> int:
@@ -222,11 +251,28 @@ class FP4StaticLayer(StaticLayer):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        stored = (self.batch_size, self.num_heads) if self.is_initialized else (None, None)
+        _require_alike(key_states, value_states, *stored)
+        self._require_room(key_states.shape[-2])
+        if self.is_initialized or torch.compiler.is_compiling():
+            return self._update(key_states, value_states)
+        try:
+            return self._update(key_states, value_states)
+        except BaseException:  # nothing is stored, so the next first call may have another batch
+            self.is_initialized = False
+            raise
+
+    def _require_room(self, count: int) -> None:
+        least = 0 if torch.compiler.is_compiling() else self._least_length
+        if not torch.compiler.is_compiling() and self.cumulative_length.device.type == "cpu":
+            least = int(self.cumulative_length)
+        if least + count > self.max_cache_len:
+            given = f"{self.max_cache_len} with {count} tokens for a cache of {least}"
+            raise ValueError(f"FP4Cache: max_cache_len is {given}; allowed: {least + count} or more")
+
+    def _update(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        if key_states.shape[0] != self.batch_size:
-            given = f"of a batch of {key_states.shape[0]}"
-            raise ValueError(f"FP4Cache: key_states is {given}; allowed: {self.batch_size}, that of the first call")
         count = key_states.shape[-2]
         positions = torch.arange(count, device=self.device) + self.cumulative_length
         # The slot after a sequence's last is the next sequence's first: one past the end of all is no one's.
@@ -235,6 +281,8 @@ class FP4StaticLayer(StaticLayer):
         keys, values = (x.transpose(1, 2).flatten(0, 1) for x in (key_states, value_states))
         self.method.quantize_and_store(self.buffers, slots.flatten(), keys, values)
         self.cumulative_length.add_(count)
+        if not torch.compiler.is_compiling() and not _is_capturing(self.device):
+            self._least_length += count
         return self._dequantized()
 
     def _dequantized(self) -> tuple[Tensor, Tensor]:
@@ -254,14 +302,19 @@ class FP4StaticLayer(StaticLayer):
             raise ValueError(f"FP4Cache: tokens_to_remove is {tokens_to_remove}; allowed: 0 or less")
         if self.is_initialized:
             self.cumulative_length.add_(tokens_to_remove).clamp_(min=0)
+            self._least_length = max(self._least_length + tokens_to_remove, 0)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         if self.is_initialized:
+            if beam_idx.shape != (self.batch_size,):
+                given = f"of shape {tuple(beam_idx.shape)}"
+                raise ValueError(f"FP4Cache: beam_idx is {given}; allowed: ({self.batch_size},), the batch")
             for t in self._bytes():
                 t.copy_(t.index_select(0, beam_idx.to(t.device)))
 
     def reset(self) -> None:
         self.cumulative_length.zero_()
+        self._least_length = 0
         if self.is_initialized:
             for t in self._bytes():
                 t.zero_()
@@ -271,6 +324,11 @@ class FP4StaticLayer(StaticLayer):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         self.batch_repeat_interleave(1)
+
+
+def _is_capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph records what is called, which then has not happened."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 class _AmaxLayer(DynamicLayer):
@@ -296,7 +354,7 @@ def calibrate_kv_scales(
     beyond 6 amax with ``"amax/448"``.
 
     Args:
-        model: a decoder of transformers.
+        model: a decoder of transformers; it runs in evaluation mode, and is as before then.
         prompts: token ids ``[batch, tokens]``, or the model's keyword arguments. Padding counts as tokens.
         convention: a key of :data:`SCALE_CONVENTIONS`.
 
@@ -304,14 +362,23 @@ def calibrate_kv_scales(
         :class:`KVScales` on the CPU, to be given to :class:`FP4Cache` and saved by ``.save(path)``.
 
     Raises:
-        ValueError: no prompt; a layer that stored nothing, only zeros or something that is not finite.
+        ValueError: no prompt, or one by itself; a layer that stored nothing, only zeros or something not finite.
     """
+    if isinstance(prompts, (Tensor, Mapping, str)):
+        given = f"one prompt, a {type(prompts).__name__}"
+        raise ValueError(f"calibrate_kv_scales: prompts is {given}; allowed: a list of them, or another iterable")
     config: Any = model.config
     count = config.get_text_config(decoder=True).num_hidden_layers
     layers = [_AmaxLayer() for _ in range(count)]
-    for prompt in prompts:
-        inputs = {"input_ids": prompt} if isinstance(prompt, Tensor) else dict(prompt)
-        model(**{**inputs, "past_key_values": Cache(layers=layers), "use_cache": True})
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        for prompt in prompts:
+            inputs = {"input_ids": prompt} if isinstance(prompt, Tensor) else dict(prompt)
+            model(**{**inputs, "past_key_values": Cache(layers=layers), "use_cache": True})
+    finally:
+        for module in training:
+            module.training = True
     silent = [i for i, layer in enumerate(layers) if layer.amax is None]
     if silent:
         raise ValueError(
