@@ -22,7 +22,8 @@ from typing import Any, NamedTuple
 
 import triton
 
-from torch_fp4ops.ops._hopper_plan import Plan, StripPlan
+from torch_fp4ops.ops._hopper_plan import Plan
+from torch_fp4ops.ops._hopper_strip_plan import StripPlan
 
 from .compiler import TARGETS, Compiled, compile_apart
 

@@ -25,7 +25,8 @@ from .test_hopper_ways import check_way, needs_hopper
 pytest.importorskip("triton.experimental.gluon", reason="needs Gluon")
 
 from torch_fp4ops.ops import _hopper_at_once, _hopper_kernels, _hopper_launch
-from torch_fp4ops.ops._hopper_plan import SHARED_BYTES, AtOncePlan
+from torch_fp4ops.ops._hopper_plan import SHARED_BYTES
+from torch_fp4ops.ops._hopper_strip_plan import AtOncePlan
 from torch_fp4ops.ops._hopper_ways import AT_ONCE, AtOnce, choose, cut, decodes
 from torch_fp4ops.ops._triton_dequantize import decoded as decoded_before
 

@@ -17,10 +17,10 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from ._gluon import copy_async, run_asm, warp_group_barrier
 from ._hopper_decode import decode_strip, warp_bases
-from ._hopper_plan import AtOncePlan
 from ._hopper_rows import decode_pairs, decode_rows, load_rows, scale_place
 from ._hopper_schedule import first_strip, let_next_start, wait_for_previous
 from ._hopper_store import row_factors
+from ._hopper_strip_plan import AtOncePlan
 
 __all__ = ["at_once_kernel"]
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from ._hopper_plan import SHARED_BYTES, AtOncePlan, Plan, StripPlan, power_of_two_within
+from ._hopper_plan import SHARED_BYTES, Plan, power_of_two_within
+from ._hopper_strip_plan import AtOncePlan, StripPlan
 from ._hopper_ways import AtOnce, Strips, Way
 
 __all__ = [

@@ -63,17 +63,16 @@ def _load_stage(d, s, st, pm, pn, k, KT, M, C: gl.constexpr):
 
 @gluon.jit
 def load_first(d, s, M, tiles_m, tiles_n, TRIPS, C: gl.constexpr):
-    """The first stage, before warps have their roles: that takes 0.45 us, in which it may as well be on its way.
-
-    Not where parts are added up: there the roles are given while the kernel before still adds.
-    """
-    if not C.STREAM:
+    """The first stages, before warps have their roles, which takes 0.45 us: they may as well be on their way then."""
+    STAGES: gl.constexpr = C.FIRST_STAGES
+    if STAGES > 0:
         STEPS: gl.constexpr = 4 * C.KW
         p, end = share(tiles_m * tiles_n, 0, 0, C)
         t, k0, _, _ = piece(p, end, TRIPS, C)
         pm, pn = tile_at(t, tiles_m, tiles_n, C.BAND)
         wait_for_previous()
-        _load_stage(d, s, 0, pm, pn, k0 * STEPS, TRIPS * STEPS, M, C)
+        for i in gl.static_range(STAGES):
+            _load_stage(d, s, i, pm, pn, k0 * STEPS + i * C.KS, TRIPS * STEPS, M, C)
 
 
 @gluon.jit
@@ -97,7 +96,7 @@ def loader(d, s, out, sums, alpha, M, N, tiles_m, tiles_n, TRIPS, each, more, C:
     while p < end:
         for k in range(k0, k1):
             for i in gl.static_range(STAGES):
-                if C.STREAM or i > 0 or (p > beg) | (k > k0):
+                if i >= C.FIRST_STAGES or (p > beg) | (k > k0):
                     mbarrier.wait(s[4].index(st), phase)
                     _load_stage(d, s, st, pm, pn, k * STEPS + i * C.KS, KT, M, C)
                 st, phase = after(st, phase, i, 1, 0, C)

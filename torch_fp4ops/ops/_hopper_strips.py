@@ -17,10 +17,10 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from ._gluon import async_load, reinterpret, warp_group_barrier
 from ._hopper_decode import decode_strip
-from ._hopper_plan import StripPlan
 from ._hopper_rows import rows_decoder
 from ._hopper_schedule import first_strip, let_next_start, wait_for_previous
 from ._hopper_store import row_factors
+from ._hopper_strip_plan import StripPlan
 
 __all__ = ["strips_kernel"]
 

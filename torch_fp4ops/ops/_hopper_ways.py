@@ -14,7 +14,8 @@ import torch
 import triton
 
 from ..hopper_layout import hopper_size
-from ._hopper_plan import SHARED_BYTES, AtOncePlan
+from ._hopper_plan import SHARED_BYTES
+from ._hopper_strip_plan import AtOncePlan
 
 __all__ = [
     "AT_ONCE",
@@ -67,7 +68,7 @@ class Way(NamedTuple):
 
 
 class Strips(NamedTuple):
-    """A way to cut a product up into strips of 16 weight rows; see ``_hopper_plan.StripPlan`` for the first fields."""
+    """A way to cut a product up into strips of 16 weight rows; see ``_hopper_strip_plan.StripPlan`` for fields."""
 
     BM: int
     S: int
@@ -83,7 +84,7 @@ class Strips(NamedTuple):
 
 
 class AtOnce(NamedTuple):
-    """A way to cut a product up into strips that fit in shared memory whole; see ``_hopper_plan.AtOncePlan``."""
+    """A way to cut a product up into strips that fit in shared memory whole; see ``_hopper_strip_plan.AtOncePlan``."""
 
     BM: int
     S: int
