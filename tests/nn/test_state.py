@@ -114,6 +114,14 @@ def test_what_is_loaded_goes_where_it_was(kind, layout):
         assert torch.equal(layer.alpha, other.alpha)
 
 
+def test_what_no_state_has_is_no_part_of_one():
+    """``alpha`` is named as unexpected, and nothing else."""
+    layer = quantized("nvfp4-bf16")
+    with pytest.raises(RuntimeError, match=r"(?s)Unexpected key.*\"alpha\"") as error:
+        layer.load_state_dict({**layer.state_dict(), "alpha": torch.ones(3)})
+    assert "allowed" not in str(error.value)
+
+
 def test_a_state_without_the_weight_leaves_it_packed(monkeypatch):
     layer = quantized("nvfp4-bf16")
     assert layer.prepare()

@@ -238,8 +238,10 @@ class BlockScaledLinear(nn.Module):
             return
         # The plain weight is a copy, and so is what belongs to it: who wrote into these would change half of it.
         plain = dict(zip(_WEIGHT, self._plain_weight(), strict=True))
-        for name in self._buffers.keys() & {key[len(prefix) :] for key in destination if key.startswith(prefix)}:
-            destination[prefix + name] = plain[name] if name in plain else destination[prefix + name].clone()
+        for name in self._buffers:
+            key = prefix + name
+            if key in destination:
+                destination[key] = plain[name] if name in plain else destination[key].clone()
 
     def _load_from_state_dict(
         self,
@@ -285,7 +287,7 @@ class BlockScaledLinear(nn.Module):
         errors = []
         for name, own in (*self._buffers.items(), *self._parameters.items()):
             given = state_dict.get(prefix + name)
-            if own is None or given is None:
+            if own is None or given is None or name in self._non_persistent_buffers_set:
                 continue
             if not isinstance(given, Tensor):
                 errors.append(f"{prefix}{name} is a {type(given).__name__}; allowed: a tensor")
