@@ -139,6 +139,8 @@ def test_arguments_of_other_types():
         FP4Linear.from_linear(linear, input_global_scale=5.0)
     with pytest.raises(ValueError, match=r"FP4Linear: weight_format is \['nvfp4'\]; allowed: 'nvfp4' or 'mxfp4'"):
         FP4Linear.from_linear(linear, weight_format=["nvfp4"])
+    with pytest.raises(ValueError, match=r"FP4Linear: weight_format is 'int4'; allowed: 'nvfp4' or 'mxfp4'"):
+        FP4Linear.from_linear("linear", weight_format="int4")
     with pytest.raises(ValueError, match=r"quantize_: weight_format is \['nvfp4'\]; allowed: 'nvfp4'"):
         quantize_(nn.Sequential(linear), ["nvfp4"])
     with pytest.raises(ValueError, match=r"quantize_: filter_fn is '0'; allowed: a function"):

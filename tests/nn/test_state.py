@@ -72,24 +72,28 @@ def test_the_state_of_a_prepared_layer_is_a_snapshot(kind):
     x = torch.randn(4, K)
     before = layer(x)
     state = layer.state_dict()
-    assert {name for name, t in state.items() if t is getattr(layer, name)} == set()
-    for name, t in state.items():
-        if name != "bias":
-            t.zero_()
+    for t in state.values():
+        t.zero_()
     assert torch.equal(layer(x), before)
+    assert layer.state_dict(keep_vars=True)["bias"] is layer.bias
 
 
 @in_both_layouts
 @every_kind
-@pytest.mark.parametrize("wrong", ["weight", "weight_scale", "bias", "dtype", "list"])
+@pytest.mark.parametrize("wrong", ["weight", "weight_scale", "bias", "dtype", "list", "none", "meta", "sparse"])
 def test_a_refused_state_changes_nothing(kind, layout, wrong):
     layer, state = quantized(kind), quantized(kind, 3.0).state_dict()
     layer.prepare(layout)
     before = {name: (t, t.clone()) for name, t in tensors(layer).items()}
-    if wrong == "dtype":
-        state["weight_scale"] = state["weight_scale"].int()
-    elif wrong == "list":
-        state["weight_scale"] = state["weight_scale"].tolist()
+    changes = {
+        "dtype": Tensor.int,
+        "list": Tensor.tolist,
+        "none": lambda t: None,
+        "meta": lambda t: t.to("meta"),
+        "sparse": Tensor.to_sparse,
+    }
+    if wrong in changes:
+        state["weight_scale"] = changes[wrong](state["weight_scale"])
     else:
         state[wrong] = state[wrong][:1]
     with pytest.raises(RuntimeError, match=r"weight_scale is .*; allowed|size mismatch for (weight|bias)"):

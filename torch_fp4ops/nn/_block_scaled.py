@@ -133,9 +133,9 @@ class BlockScaledLinear(nn.Module):
 
         ``"hopper"`` is for compute capability 9.0 (see ``torch_fp4ops.hopper_layout``): elsewhere only the reference
         reads it, slowly. ``"plain"`` undoes it. It can be done on any device, and again and again: what is done
-        already is left. ``state_dict()`` and ``load_state_dict()`` speak of the plain weight in both layouts: of a
-        prepared layer's buffers the state dict has copies, and what is loaded goes where the packed weight is. Prepare
-        before compiling or exporting.
+        already is left. ``state_dict()`` and ``load_state_dict()`` speak of the plain weight in both layouts: the
+        state dict of a prepared layer is a snapshot, of its bias, too (but for ``keep_vars=True``), and what is loaded
+        goes where the packed weight is. Prepare before compiling or exporting.
 
         Returns:
             Whether the layer now has that layout. A weight that it has no form for, and one without data, on the meta
@@ -236,9 +236,9 @@ class BlockScaledLinear(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.weight_layout == "plain":
             return
-        # The plain weight is a copy, and so is what belongs to it: who wrote into these would change half of it.
+        # The plain weight is a copy, and so is all beside it: who wrote into these would change half of the layer.
         plain = dict(zip(_WEIGHT, self._plain_weight(), strict=True))
-        for name in self._buffers:
+        for name in self._buffers if keep_vars else (*self._buffers, *self._parameters):
             key = prefix + name
             if key in destination:
                 destination[key] = plain[name] if name in plain else destination[key].clone()
@@ -265,12 +265,12 @@ class BlockScaledLinear(nn.Module):
 
     def _load(self, *args: Any) -> None:
         """What is given, or nothing of it: a layer is not left with codes of one weight and scales of another one."""
-        state_dict, prefix, *_, error_msgs = args
+        state_dict, prefix, local_metadata, *_, error_msgs = args
         layout, packed = self.weight_layout, (self.weight, self.weight_scale)
         repack = layout != "plain" and any(prefix + name in state_dict for name in _WEIGHT)
         if repack:
             self.prepare("plain")
-        errors = self._why_not_loadable(state_dict, prefix)
+        errors = self._why_not_loadable(state_dict, prefix, local_metadata.get("assign_to_params_buffers", False))
         if errors:
             error_msgs.extend(errors)
         else:
@@ -283,12 +283,12 @@ class BlockScaledLinear(nn.Module):
                 if can_hold(old, new):
                     setattr(self, name, old.copy_(new))  # CUDA graphs read it where it was
 
-    def _why_not_loadable(self, state_dict: dict[str, Any], prefix: str) -> list[str]:
+    def _why_not_loadable(self, state_dict: dict[str, Any], prefix: str, assign: bool) -> list[str]:
         errors = []
         for name, own in (*self._buffers.items(), *self._parameters.items()):
-            given = state_dict.get(prefix + name)
-            if own is None or given is None or name in self._non_persistent_buffers_set:
+            if own is None or prefix + name not in state_dict or name in self._non_persistent_buffers_set:
                 continue
+            given = state_dict[prefix + name]
             if not isinstance(given, Tensor):
                 errors.append(f"{prefix}{name} is a {type(given).__name__}; allowed: a tensor")
             elif name in self._buffers and given.dtype != own.dtype:
@@ -297,6 +297,10 @@ class BlockScaledLinear(nn.Module):
             elif given.shape != own.shape:
                 sizes = f"{tuple(given.shape)}; allowed: {tuple(own.shape)}"
                 errors.append(f"size mismatch for {prefix}{name}: it is of shape {sizes}")  # torch's words first
+            elif given.layout != own.layout:
+                errors.append(f"{prefix}{name} is {given.layout}; allowed: {own.layout}")
+            elif given.is_meta and not own.is_meta and not assign:
+                errors.append(f"{prefix}{name} is on the meta device; allowed: a tensor with data, or assign=True")
         return errors
 
     def extra_repr(self) -> str:

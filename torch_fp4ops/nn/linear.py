@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..formats import MXFP4, MXFP8, NVFP4
+from ..formats import MXFP4, MXFP8, NVFP4, BlockFormat
 from ._block_scaled import BlockScaledLinear, allowed_values, can_hold
 
 __all__ = ["ACTIVATIONS", "FP4Linear", "MXFP8Linear"]
@@ -42,6 +42,12 @@ def encode_scale(x: Tensor) -> Tensor:
 def _mark(t: Tensor) -> tuple[int, int] | None:
     """Changes with every write in place that torch sees; inference tensors have none."""
     return None if t.is_inference() else (t._version, t.data_ptr())
+
+
+def _fp4_format(name: str) -> BlockFormat:
+    if name not in list(_FP4_FORMATS):  # a list, as what is given may have no hash
+        raise ValueError(f"FP4Linear: weight_format is {name!r}; allowed: {allowed_values(list(_FP4_FORMATS))}")
+    return _FP4_FORMATS[name]
 
 
 def _out_dtype(x: Tensor) -> torch.dtype | None:
@@ -75,14 +81,15 @@ class FP4Linear(BlockScaledLinear):
             dict. Assigning to a global scale and loading a state dict renew it; where one was written in place (not by
             way of ``.data`` or NumPy, which torch does not see), replaced for a call
             (``torch.func.functional_call``), or is an inference tensor, calls work it out. What is compiled or exported
-            after a write in place keeps it as it was. None where there is no global scale, or each call has one of its
+            after a write in place keeps it as it was; so does what ``torch.export`` makes, unless strict, after a
+            tensor was put into ``_buffers`` itself. None where there is no global scale, or each call has one of its
             own.
         input_global_scale: float32 ``[1]``, the encode scale of every input, say ``2688 / amax`` over calibration
             data; NVFP4 with activations ``"same"`` only. None: ``2688 / amax`` of each call's whole input, so that
             the result for a row depends a little on the rows beside it; an infinite value in one row, or one some
             10^7 times theirs, makes those rows zeros.
         weight_layout: ``"plain"``, as above, or another after :meth:`prepare`, with padded sizes and scales of other
-            dimensions, which tell it: tensors of either layout can be given for a call.
+            dimensions, which tell it: weight and scales of either layout can be given for a call, both of them.
         bias: a Parameter ``[N]``, or None.
 
     Casts (``.to(dtype)``, ``.half()``) reach the bias alone.
@@ -108,12 +115,9 @@ class FP4Linear(BlockScaledLinear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        if weight_format not in list(_FP4_FORMATS):
-            allowed = allowed_values(list(_FP4_FORMATS))
-            raise ValueError(f"FP4Linear: weight_format is {weight_format!r}; allowed: {allowed}")
+        fmt = _fp4_format(weight_format)
         if activations not in ACTIVATIONS:
             raise ValueError(f"FP4Linear: activations is {activations!r}; allowed: {allowed_values(ACTIVATIONS)}")
-        fmt = _FP4_FORMATS[weight_format]
         super().__init__(in_features, out_features, bias, fmt, device, dtype)
         self.activations = activations
         self._alpha_of = []
@@ -215,8 +219,7 @@ class FP4Linear(BlockScaledLinear):
             ValueError: an argument that is not allowed, a weight that is not finite, or hooks, modules, tensors or a
                 forward of its own that ``linear`` has, which would be lost.
         """
-        if weight_format in list(_FP4_FORMATS):  # else the constructor says so
-            cls._require_quantizable(linear, _FP4_FORMATS[weight_format])
+        cls._require_quantizable(linear, _fp4_format(weight_format))
         sizes = (linear.in_features, linear.out_features, False)
         new = cls(*sizes, weight_format=weight_format, activations=activations, device="meta")
         weight = linear.weight.detach()
@@ -321,7 +324,7 @@ class MXFP8Linear(BlockScaledLinear):
         weight_scale: uint8 UE8M0 block scales in the 128x4 layout, flat:
             ``[round_up(N, 128) * round_up(K/32, 4)]``.
         weight_layout: ``"plain"``, as above, or another after :meth:`prepare`, with padded sizes and scales of other
-            dimensions, which tell it: tensors of either layout can be given for a call.
+            dimensions, which tell it: weight and scales of either layout can be given for a call, both of them.
         bias: a Parameter ``[N]``, or None.
 
     Casts (``.to(dtype)``, ``.half()``) reach the bias alone.
