@@ -221,14 +221,19 @@ def test_one_captured_step_replays_as_the_sequence_grows(method, dtype):
 
 
 @pytest.mark.gpu
-def test_a_slot_past_the_end_is_dropped_on_a_gpu():
-    """Not written into the next sequence's room."""
+@torch.no_grad()
+def test_past_the_end_eager_calls_raise_and_compiled_ones_drop_on_a_gpu():
+    """Nothing is written into the next sequence's room."""
     gpu_model, ids = model(torch.float32, "cuda"), prompt("cuda")
-    cache = FP4Cache(model().config, max_cache_len=6)
-    with torch.no_grad():
+    for step in (gpu_model, torch.compile(gpu_model, fullgraph=True)):
+        cache = FP4Cache(model().config, max_cache_len=6)
         gpu_model(ids, past_key_values=cache)
-        gpu_model(ids[:, :1], past_key_values=cache)
+        step(ids[:, :1], past_key_values=cache)
         before = [t.clone() for t in cache.layers[0]._bytes()]
-        gpu_model(ids[:, :1], past_key_values=cache)
-    for a, b in zip(cache.layers[0]._bytes(), before, strict=True):
-        assert_same_bytes(a, b)
+        if step is gpu_model:
+            with pytest.raises(ValueError, match="max_cache_len is 6 with 1 tokens for a cache of 6; allowed: 7"):
+                step(ids[:, :1], past_key_values=cache)
+        else:
+            step(ids[:, :1], past_key_values=cache)
+        for a, b in zip(cache.layers[0]._bytes(), before, strict=True):
+            assert_same_bytes(a, b)
